@@ -1,0 +1,20 @@
+//! The core of Whimbrel, free of input and output.
+//!
+//! A machine is a set of [spaces](space) (each disk, each RAM block), each an array of 4 KiB
+//! [units](space::UNIT). Moving a machine is moving units, and for every unit one question matters:
+//! *where is its current content?* This crate answers it, decides what moves next, and decides who
+//! owns the machine. Events go in, actions come out, time is passed in: nothing here opens a file, a
+//! socket or a clock, so every decision can be tested, model-checked and simulated.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`space`] | units, extents, spaces: the coordinates of everything |
+//! | [`set`] | a set of units, as a bitmap with runs |
+//! | [`outflow`] | the source's side of a copy: what is still to send, and what goes next |
+//! | [`inflow`] | the destination's side of a copy: what is resident, who waits, what may be stored |
+//! | [`switchover`] | who owns the machine: the two state machines and their journal records |
+//! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
+#![forbid(unsafe_code)]
+
+pub mod set;
+pub mod space;

@@ -1,0 +1,1 @@
+//! The Whimbrel daemon: wires engine, volumes, NBD, QEMU and peers together

@@ -1,0 +1,1 @@
+//! The laboratory, not shipped: hosts as network namespaces, WAN emulator, guest builder, workloads

@@ -1,0 +1,1 @@
+//! The NBD server: protocol, negotiation, one validate step, trusted handlers

@@ -1,0 +1,1 @@
+//! Peers: host identity, TLS with pinned keys, connection classes, pacing

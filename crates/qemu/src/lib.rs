@@ -1,0 +1,1 @@
+//! QEMU: QMP, the migration stream read and written, RAM source and RAM sink

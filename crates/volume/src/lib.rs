@@ -1,0 +1,1 @@
+//! Volumes: backends and the residency journal

@@ -1,0 +1,1 @@
+//! What two daemons say to each other: frames, messages, unit codecs
