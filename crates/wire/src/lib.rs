@@ -1,1 +1,3 @@
 //! What two daemons say to each other: frames, messages, unit codecs
+
+pub mod frame;
