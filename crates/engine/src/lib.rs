@@ -16,5 +16,9 @@
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
+pub mod inflow;
+pub mod outflow;
+pub mod progress;
 pub mod set;
 pub mod space;
+pub mod switchover;

@@ -37,7 +37,7 @@ impl UnitSet {
             .chunks_exact(8)
             .map(|c| u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]))
             .collect();
-        if bytes.len() % 8 != 0 || words.len() as u64 != capacity.div_ceil(64) {
+        if !bytes.len().is_multiple_of(8) || words.len() as u64 != capacity.div_ceil(64) {
             return None;
         }
         let tail = capacity % 64;
@@ -80,25 +80,36 @@ impl UnitSet {
 
     /// Whether every unit of the extent is a member.
     pub fn contains_all(&self, extent: Extent) -> bool {
-        extent.is_empty() || self.next_absent(extent.start).is_none_or(|u| u >= extent.end())
+        extent.is_empty()
+            || self
+                .next_absent(extent.start)
+                .is_none_or(|u| u >= extent.end())
     }
 
     /// Adds the extent (cut at the capacity); returns how many units were new.
     pub fn insert(&mut self, extent: Extent) -> u64 {
-        self.change(extent, |word, mask| {
-            let new = mask & !*word;
-            *word |= mask;
-            new
-        }, true)
+        self.change(
+            extent,
+            |word, mask| {
+                let new = mask & !*word;
+                *word |= mask;
+                new
+            },
+            true,
+        )
     }
 
     /// Removes the extent; returns how many units were members.
     pub fn remove(&mut self, extent: Extent) -> u64 {
-        self.change(extent, |word, mask| {
-            let gone = mask & *word;
-            *word &= !mask;
-            gone
-        }, false)
+        self.change(
+            extent,
+            |word, mask| {
+                let gone = mask & *word;
+                *word &= !mask;
+                gone
+            },
+            false,
+        )
     }
 
     fn change(&mut self, extent: Extent, f: impl Fn(&mut u64, u64) -> u64, grows: bool) -> u64 {
@@ -108,7 +119,11 @@ impl UnitSet {
         while unit < extent.end() {
             let bit = unit % 64;
             let count = (64 - bit).min(extent.end() - unit);
-            let mask = if count == 64 { u64::MAX } else { ((1 << count) - 1) << bit };
+            let mask = if count == 64 {
+                u64::MAX
+            } else {
+                ((1 << count) - 1) << bit
+            };
             changed += u64::from(f(&mut self.words[(unit / 64) as usize], mask).count_ones());
             unit += count;
         }
@@ -184,7 +199,9 @@ impl UnitSet {
     pub fn runs_within(&self, extent: Extent) -> impl Iterator<Item = Extent> + '_ {
         let mut from = extent.start;
         std::iter::from_fn(move || {
-            let run = self.next_run(from, u64::MAX)?.clamp_to(Extent::new(from, extent.end() - from));
+            let run = self
+                .next_run(from, u64::MAX)?
+                .clamp_to(Extent::new(from, extent.end() - from));
             if run.is_empty() {
                 return None;
             }

@@ -1,0 +1,427 @@
+//! The source's side of a copy: what is still to send, and what goes next.
+//!
+//! # The idea
+//! Each unit of each space is in one of four states here:
+//!
+//! ```text
+//!          offer              next_*
+//!   empty -------->  pending ---------->  sent
+//!                     |   ^                 |
+//!          forget     |   |   put_back,     |
+//!   gone <------------+   +-- peer_has -----+
+//! ```
+//!
+//! `empty` means that the unit reads as zero and needs no content sent. `pending` and `sent` are disjoint
+//! sets; a unit leaves `pending` in the same call that hands it out, under one lock, so demand and push can
+//! never both send it (I3, and a RAM unit may be placed only once). A pending unit may be *withheld*: its
+//! content is not readable yet (RAM pages that the stopped QEMU is still delivering). A demand for it waits
+//! here until [`Outflow::ready`].
+//!
+//! # What goes next
+//! Demands first, in the order they came. Then push: units near recent demands, then the units a policy
+//! [prefers](Outflow::prefer), then everything in ascending order, RAM spaces before disks, because a
+//! guest that misses a RAM page stands still while one that misses a disk block may do other work.
+//!
+//! # Bounds
+//! The demand queue holds each unit at most once (it is filtered by a set), so it is bounded by the size
+//! of the spaces; [`NEAR_TRAILS`] bounds the trails around demands, the oldest is dropped.
+
+use std::collections::VecDeque;
+
+use crate::set::UnitSet;
+use crate::space::{Extent, SpaceId, SpaceInfo, SpaceKind};
+
+/// How many trails of units near recent demands are kept.
+pub const NEAR_TRAILS: usize = 64;
+
+/// How many units past a demand are thought likely to be wanted next.
+pub const NEAR_UNITS: u64 = 64;
+
+/// Why a unit travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Class {
+    /// Somebody waits for it.
+    Demand,
+    /// It goes because there is room on the link.
+    Push,
+}
+
+/// Units handed out to be read and sent, all of one space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    pub space: SpaceId,
+    pub class: Class,
+    /// Disjoint runs.
+    pub runs: Vec<Extent>,
+}
+
+impl Batch {
+    pub fn units(&self) -> u64 {
+        self.runs.iter().map(|r| r.len).sum()
+    }
+}
+
+/// What became of a demand.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DemandOutcome {
+    /// Units that have no content: the peer may take them as zero at once.
+    pub empty: Vec<Extent>,
+    /// Units that were sent before and are on their way.
+    pub already_sent: u64,
+    /// Units queued now.
+    pub queued: u64,
+}
+
+/// Units of one space, or of all, by state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Units that had content to move, whatever became of them.
+    pub live: u64,
+    pub pending: u64,
+    pub sent: u64,
+    /// Live units that the destination no longer wanted: its guest wrote or discarded them first.
+    pub forgotten: u64,
+    /// Units handed out more than once, because a broken connection lost them.
+    pub sent_again: u64,
+}
+
+struct SpaceOut {
+    info: SpaceInfo,
+    pending: UnitSet,
+    withheld: UnitSet,
+    sent: UnitSet,
+    preferred: UnitSet,
+    demanded: UnitSet,
+    live: UnitSet,
+    forgotten: u64,
+    sent_again: u64,
+    ever_sent: UnitSet,
+    cursor: u64,
+}
+
+/// The source's side of a copy, over all spaces of a migration.
+pub struct Outflow {
+    spaces: Vec<SpaceOut>,
+    /// Push order over spaces: RAM first.
+    push_order: Vec<usize>,
+    demands: VecDeque<(SpaceId, Extent)>,
+    near: VecDeque<(SpaceId, Extent)>,
+}
+
+impl Outflow {
+    /// `spaces[i].id` must be `SpaceId(i)`.
+    pub fn new(spaces: Vec<SpaceInfo>) -> Self {
+        let mut push_order: Vec<usize> = (0..spaces.len()).collect();
+        push_order.sort_by_key(|&i| spaces[i].kind != SpaceKind::Ram);
+        let spaces = spaces
+            .into_iter()
+            .enumerate()
+            .map(|(i, info)| {
+                assert_eq!(info.id, SpaceId(i as u16), "spaces are listed by id");
+                let none = UnitSet::empty(info.units());
+                SpaceOut {
+                    pending: none.clone(),
+                    withheld: none.clone(),
+                    sent: none.clone(),
+                    preferred: none.clone(),
+                    demanded: none.clone(),
+                    live: none.clone(),
+                    ever_sent: none,
+                    forgotten: 0,
+                    sent_again: 0,
+                    cursor: 0,
+                    info,
+                }
+            })
+            .collect();
+        Outflow {
+            spaces,
+            push_order,
+            demands: VecDeque::new(),
+            near: VecDeque::new(),
+        }
+    }
+
+    /// The space, if the migration has one of that number: peers name spaces, and peers may be wrong.
+    pub fn info(&self, space: SpaceId) -> Option<&SpaceInfo> {
+        self.spaces.get(usize::from(space.0)).map(|s| &s.info)
+    }
+
+    /// Spaces in order of their id.
+    pub fn infos(&self) -> impl Iterator<Item = &SpaceInfo> {
+        self.spaces.iter().map(|s| &s.info)
+    }
+
+    fn at(&mut self, space: SpaceId) -> &mut SpaceOut {
+        &mut self.spaces[usize::from(space.0)]
+    }
+
+    /// These units have content that the peer lacks, and it can be read now.
+    pub fn offer(&mut self, space: SpaceId, units: Extent) {
+        let s = self.at(space);
+        s.live.insert(units);
+        s.pending.insert(units);
+        s.sent.remove(units);
+        s.withheld.remove(units);
+    }
+
+    /// These units have content that the peer lacks, but it cannot be read before [`ready`](Self::ready).
+    pub fn offer_withheld(&mut self, space: SpaceId, units: Extent) {
+        self.offer(space, units);
+        self.at(space).withheld.insert(units);
+    }
+
+    /// The content of withheld units can be read now; demands that waited for it are queued.
+    pub fn ready(&mut self, space: SpaceId, units: Extent) {
+        let s = self.at(space);
+        s.withheld.remove(units);
+        let woken: Vec<Extent> = s.demanded.runs_within(units).collect();
+        for run in woken {
+            self.demands.push_back((space, run));
+        }
+    }
+
+    /// These units turned out to be zero: nothing to send.
+    pub fn emptied(&mut self, space: SpaceId, units: Extent) {
+        let s = self.at(space);
+        s.pending.remove(units);
+        s.withheld.remove(units);
+        s.live.remove(units);
+        s.demanded.remove(units);
+    }
+
+    /// Push these before others of their space.
+    pub fn prefer(&mut self, space: SpaceId, units: Extent) {
+        self.at(space).preferred.insert(units);
+    }
+
+    /// The peer waits for these units.
+    pub fn demand(&mut self, space: SpaceId, units: Extent) -> DemandOutcome {
+        let mut outcome = DemandOutcome::default();
+        let s = self.at(space);
+        let units = units.clamp_to(Extent::new(0, s.info.units()));
+        let mut queued = Vec::new();
+        let mut unit = units.start;
+        while unit < units.end() {
+            if s.pending.contains(unit) {
+                if s.demanded.insert(Extent::unit(unit)) == 1 {
+                    outcome.queued += 1;
+                    if !s.withheld.contains(unit) {
+                        queued.push(unit);
+                    }
+                }
+            } else if s.live.contains(unit) {
+                outcome.already_sent += 1;
+            } else {
+                push_unit(&mut outcome.empty, unit);
+            }
+            unit += 1;
+        }
+        let mut runs = Vec::new();
+        for unit in queued {
+            push_unit(&mut runs, unit);
+        }
+        for run in runs {
+            self.demands.push_back((space, run));
+        }
+        if outcome.queued > 0 {
+            if self.near.len() == NEAR_TRAILS {
+                self.near.pop_back();
+            }
+            self.near
+                .push_front((space, Extent::new(units.end(), NEAR_UNITS)));
+        }
+        outcome
+    }
+
+    /// The next demanded units, at most `max`.
+    pub fn next_demand(&mut self, max: u64) -> Option<Batch> {
+        while let Some((space, extent)) = self.demands.pop_front() {
+            let s = self.at(space);
+            let mut runs: Vec<Extent> = Vec::new();
+            let mut left = max;
+            let mut rest = None;
+            for run in s.demanded.runs_within(extent) {
+                if left == 0 {
+                    rest = Some(Extent::new(run.start, extent.end() - run.start));
+                    break;
+                }
+                let part = Extent::new(run.start, run.len.min(left));
+                left -= part.len;
+                runs.push(part);
+                if part.len < run.len {
+                    rest = Some(Extent::new(part.end(), extent.end() - part.end()));
+                    break;
+                }
+            }
+            runs.retain(|r| s.pending.contains_all(*r));
+            if let Some(rest) = rest {
+                self.demands.push_front((space, rest));
+            }
+            if !runs.is_empty() {
+                return Some(self.take(space, Class::Demand, runs));
+            }
+        }
+        None
+    }
+
+    /// The next units to push, at most `max`, all of one space.
+    pub fn next_push(&mut self, max: u64) -> Option<Batch> {
+        while let Some((space, trail)) = self.near.front().copied() {
+            let runs = self.at(space).pushable(trail, max);
+            if let Some(last) = runs.last() {
+                self.near[0].1 = Extent::new(last.end(), trail.end() - last.end());
+                return Some(self.take(space, Class::Push, runs));
+            }
+            self.near.pop_front();
+        }
+        for preferred in [true, false] {
+            for i in self.push_order.clone() {
+                let space = self.spaces[i].info.id;
+                let runs = if preferred {
+                    self.spaces[i].preferred_runs(max)
+                } else {
+                    self.spaces[i].sequential_runs(max)
+                };
+                if !runs.is_empty() {
+                    return Some(self.take(space, Class::Push, runs));
+                }
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, space: SpaceId, class: Class, runs: Vec<Extent>) -> Batch {
+        let s = self.at(space);
+        for &run in &runs {
+            s.pending.remove(run);
+            s.demanded.remove(run);
+            s.preferred.remove(run);
+            s.sent.insert(run);
+            s.sent_again += run.len - s.ever_sent.insert(run);
+        }
+        Batch { space, class, runs }
+    }
+
+    /// A batch that was handed out did not leave this host.
+    pub fn put_back(&mut self, batch: &Batch) {
+        let s = self.at(batch.space);
+        for &run in &batch.runs {
+            s.sent.remove(run);
+            s.pending.insert(run);
+            s.ever_sent.remove(run);
+        }
+        if batch.class == Class::Demand {
+            for &run in &batch.runs {
+                self.at(batch.space).demanded.insert(run);
+                self.demands.push_front((batch.space, run));
+            }
+        }
+    }
+
+    /// The destination does not want these any more: its guest wrote or discarded them.
+    pub fn forget(&mut self, space: SpaceId, units: Extent) {
+        let s = self.at(space);
+        s.demanded.remove(units);
+        s.withheld.remove(units);
+        s.preferred.remove(units);
+        s.forgotten += s.pending.remove(units);
+    }
+
+    /// After a reconnect: exactly what the peer holds of a space, no frame being under way. What it does
+    /// not hold is pending again, whether it got lost with the connection or was forgotten by a
+    /// destination that restarted before it had journalled why. `held` must have the space's capacity.
+    pub fn peer_has(&mut self, space: SpaceId, held: &UnitSet) {
+        let s = self.at(space);
+        s.pending = s.live.clone();
+        s.pending.subtract(held);
+        s.sent = s.live.clone();
+        s.sent.subtract(&s.pending);
+        s.demanded.subtract(held);
+    }
+
+    /// Units that are empty in a space: neither live nor waiting to be.
+    pub fn empty_runs(&self, space: SpaceId) -> Vec<Extent> {
+        let s = &self.spaces[usize::from(space.0)];
+        s.live.gaps_within(Extent::new(0, s.info.units())).collect()
+    }
+
+    /// Whether anything at all is left to send.
+    pub fn is_drained(&self) -> bool {
+        self.spaces.iter().all(|s| s.pending.is_empty())
+    }
+
+    pub fn tally(&self, space: SpaceId) -> Tally {
+        let s = &self.spaces[usize::from(space.0)];
+        Tally {
+            live: s.live.len(),
+            pending: s.pending.len(),
+            sent: s.sent.len(),
+            forgotten: s.forgotten,
+            sent_again: s.sent_again,
+        }
+    }
+}
+
+impl SpaceOut {
+    /// Pending, readable runs inside `extent`, at most `max` units.
+    fn pushable(&self, extent: Extent, max: u64) -> Vec<Extent> {
+        let extent = extent.clamp_to(Extent::new(0, self.info.units()));
+        let mut left = max;
+        let mut runs = Vec::new();
+        for run in self.pending.runs_within(extent) {
+            for part in self.withheld.gaps_within(run) {
+                let part = Extent::new(part.start, part.len.min(left));
+                if !part.is_empty() {
+                    runs.push(part);
+                }
+                left -= part.len;
+                if left == 0 {
+                    return runs;
+                }
+            }
+        }
+        runs
+    }
+
+    fn preferred_runs(&self, max: u64) -> Vec<Extent> {
+        let mut left = max;
+        let mut runs = Vec::new();
+        for run in self.preferred.runs() {
+            for part in self.pushable(run, left) {
+                left -= part.len;
+                runs.push(part);
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        runs
+    }
+
+    fn sequential_runs(&mut self, max: u64) -> Vec<Extent> {
+        let units = self.info.units();
+        let runs = self.pushable(
+            Extent::new(self.cursor, units - self.cursor.min(units)),
+            max,
+        );
+        let runs = if runs.is_empty() {
+            self.pushable(Extent::new(0, units), max)
+        } else {
+            runs
+        };
+        if let Some(last) = runs.last() {
+            self.cursor = last.end();
+        }
+        runs
+    }
+}
+
+/// Appends a unit to ascending runs.
+fn push_unit(runs: &mut Vec<Extent>, unit: u64) {
+    match runs.last_mut() {
+        Some(run) if run.end() == unit => run.len += 1,
+        _ => runs.push(Extent::unit(unit)),
+    }
+}

@@ -1,0 +1,180 @@
+//! Every live unit leaves the source exactly once, whatever is demanded, forgotten, withheld or lost.
+
+use proptest::prelude::*;
+use whimbrel_engine::outflow::{Batch, Class, Outflow};
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind, UNIT};
+
+const UNITS: u64 = 200;
+const RAM: SpaceId = SpaceId(0);
+const DISK: SpaceId = SpaceId(1);
+
+fn spaces() -> Vec<SpaceInfo> {
+    vec![
+        SpaceInfo {
+            id: RAM,
+            kind: SpaceKind::Ram,
+            name: "pc.ram".into(),
+            len: UNITS * UNIT,
+        },
+        SpaceInfo {
+            id: DISK,
+            kind: SpaceKind::Disk,
+            name: "root".into(),
+            len: UNITS * UNIT,
+        },
+    ]
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Demand(u16, u64, u64),
+    NextDemand(u64),
+    NextPush(u64),
+    Forget(u16, u64, u64),
+    Ready(u64, u64),
+    Prefer(u16, u64, u64),
+    PutBack,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..2u16, 0..UNITS, 1..20u64).prop_map(|(s, a, n)| Step::Demand(s, a, n)),
+        (1..9u64).prop_map(Step::NextDemand),
+        (1..30u64).prop_map(Step::NextPush),
+        (0..2u16, 0..UNITS, 1..9u64).prop_map(|(s, a, n)| Step::Forget(s, a, n)),
+        (0..UNITS, 1..40u64).prop_map(|(a, n)| Step::Ready(a, n)),
+        (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::Prefer(s, a, n)),
+        Just(Step::PutBack),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2048, ..ProptestConfig::default() })]
+
+    #[test]
+    fn each_live_unit_is_sent_once_or_forgotten(
+        live in prop::collection::vec((0..UNITS, 1..30u64), 1..8),
+        withheld in prop::collection::vec((0..UNITS, 1..20u64), 0..4),
+        steps in prop::collection::vec(step(), 0..60),
+    ) {
+        let mut out = Outflow::new(spaces());
+        let mut expected = [UnitSet::empty(UNITS), UnitSet::empty(UNITS)];
+        for &(a, n) in &live {
+            for (i, set) in expected.iter_mut().enumerate() {
+                set.insert(Extent::new(a, n));
+                out.offer(SpaceId(i as u16), Extent::new(a, n).clamp_to(Extent::new(0, UNITS)));
+            }
+        }
+        let mut unready = UnitSet::empty(UNITS);
+        for &(a, n) in &withheld {
+            for run in expected[0].runs_within(Extent::new(a, n).clamp_to(Extent::new(0, UNITS))).collect::<Vec<_>>() {
+                out.offer_withheld(RAM, run);
+                unready.insert(run);
+            }
+        }
+        let mut got = [UnitSet::empty(UNITS), UnitSet::empty(UNITS)];
+        let mut gone = [UnitSet::empty(UNITS), UnitSet::empty(UNITS)];
+        let mut last: Option<Batch> = None;
+        let take = |out: &mut Outflow, batch: Option<Batch>, unready: &UnitSet, got: &mut [UnitSet; 2], last: &mut Option<Batch>, class| {
+            if let Some(b) = batch {
+                assert_eq!(b.class, class);
+                for &run in &b.runs {
+                    assert_eq!(got[usize::from(b.space.0)].insert(run), run.len, "sent twice");
+                    if b.space == RAM {
+                        assert_eq!(unready.runs_within(run).count(), 0, "sent before it was ready");
+                    }
+                }
+                *last = Some(b);
+            }
+            let _ = out;
+        };
+        for s in steps {
+            match s {
+                Step::Demand(space, a, n) => { out.demand(SpaceId(space), Extent::new(a, n)); }
+                Step::NextDemand(max) => { let b = out.next_demand(max); take(&mut out, b, &unready, &mut got, &mut last, Class::Demand); }
+                Step::NextPush(max) => { let b = out.next_push(max); take(&mut out, b, &unready, &mut got, &mut last, Class::Push); }
+                Step::Forget(space, a, n) => {
+                    let run = Extent::new(a, n).clamp_to(Extent::new(0, UNITS));
+                    gone[usize::from(space)].insert(run);
+                    out.forget(SpaceId(space), run);
+                }
+                Step::Ready(a, n) => {
+                    let run = Extent::new(a, n).clamp_to(Extent::new(0, UNITS));
+                    unready.remove(run);
+                    out.ready(RAM, run);
+                }
+                Step::Prefer(space, a, n) => out.prefer(SpaceId(space), Extent::new(a, n).clamp_to(Extent::new(0, UNITS))),
+                Step::PutBack => if let Some(b) = last.take() {
+                    for &run in &b.runs { got[usize::from(b.space.0)].remove(run); }
+                    out.put_back(&b);
+                },
+            }
+        }
+        unready.remove(Extent::new(0, UNITS));
+        out.ready(RAM, Extent::new(0, UNITS));
+        loop {
+            let b = out.next_demand(7);
+            if b.is_none() { break; }
+            take(&mut out, b, &unready, &mut got, &mut last, Class::Demand);
+        }
+        loop {
+            let b = out.next_push(16);
+            if b.is_none() { break; }
+            take(&mut out, b, &unready, &mut got, &mut last, Class::Push);
+        }
+        prop_assert!(out.is_drained());
+        for i in 0..2 {
+            let mut missing = expected[i].clone();
+            missing.subtract(&got[i]);
+            missing.subtract(&gone[i]);
+            prop_assert!(missing.is_empty(), "never sent: {missing:?}");
+        }
+    }
+}
+
+#[test]
+fn a_demand_overtakes_push_and_brings_its_neighbours() {
+    let mut out = Outflow::new(spaces());
+    out.offer(DISK, Extent::new(0, UNITS));
+    assert_eq!(
+        out.next_push(8).expect("pending").runs,
+        vec![Extent::new(0, 8)]
+    );
+    assert_eq!(out.demand(DISK, Extent::new(100, 2)).queued, 2);
+    assert_eq!(
+        out.next_demand(8).expect("demanded").runs,
+        vec![Extent::new(100, 2)]
+    );
+    assert_eq!(
+        out.next_push(8).expect("near").runs,
+        vec![Extent::new(102, 8)]
+    );
+}
+
+#[test]
+fn a_demand_for_an_empty_unit_is_answered_as_zero() {
+    let mut out = Outflow::new(spaces());
+    out.offer(DISK, Extent::new(0, 4));
+    let outcome = out.demand(DISK, Extent::new(2, 4));
+    assert_eq!(outcome.empty, vec![Extent::new(4, 2)]);
+    assert_eq!(outcome.queued, 2);
+}
+
+#[test]
+fn what_a_broken_connection_lost_is_pending_again_and_nothing_else() {
+    let mut out = Outflow::new(spaces());
+    out.offer(DISK, Extent::new(0, 10));
+    out.next_push(6);
+    let mut held = UnitSet::empty(UNITS);
+    held.insert(Extent::new(0, 4));
+    out.peer_has(DISK, &held);
+    let mut again = UnitSet::empty(UNITS);
+    while let Some(batch) = out.next_push(100) {
+        for run in batch.runs {
+            again.insert(run);
+        }
+    }
+    assert_eq!(again.runs().collect::<Vec<_>>(), vec![Extent::new(4, 6)]);
+    assert_eq!(out.tally(DISK).sent_again, 2);
+}
