@@ -1,0 +1,194 @@
+//! The guests' kernel: Debian's cloud kernel with its modules.
+//!
+//! An installed one is used as it is. Where none is installed, its package is downloaded and unpacked below cargo's
+//! target folder and *not* installed: installing a kernel would build an initramfs and touch the boot loader of
+//! somebody's machine, and only two things of it are needed.
+//!
+//! A package that was unpacked instead of installed lacks `modules.dep`, which an installation makes; busybox's
+//! `depmod` makes it here.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::apt;
+use crate::error::Error;
+use crate::process;
+use crate::workspace::{Workspace, list};
+
+const PACKAGE: &str = "linux-image-cloud-amd64";
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    /// The kernel image.
+    pub image: PathBuf,
+    /// Its modules: a folder named after the kernel's version.
+    pub modules: PathBuf,
+}
+
+/// The kernel the guests use: the one the environment names, else an installed one, else the one that was fetched.
+pub fn find(workspace: &Workspace) -> Option<Kernel> {
+    let named = |name| std::env::var_os(name).map(PathBuf::from);
+    if let (Some(image), Some(modules)) = (named("WHIMBREL_KERNEL"), named("WHIMBREL_MODULES")) {
+        return Some(Kernel { image, modules });
+    }
+    below(Path::new("/")).or_else(|| below(&fetched(workspace)))
+}
+
+/// Downloads and unpacks the kernel.
+pub fn fetch(workspace: &Workspace) -> Result<Kernel, Error> {
+    let folder = fetched(workspace);
+    println!(
+        "This machine lacks a cloud kernel for the guests; its package is unpacked into {} (nothing is installed)",
+        folder.display()
+    );
+    if process::find_program("apt-get").is_none() || process::find_program("dpkg").is_none() {
+        return Err(Error::Kernel {
+            why: "This is not Debian, so no kernel can be fetched.".into(),
+        });
+    }
+    let package = match image_package() {
+        Some(package) => package,
+        None => {
+            apt::update();
+            image_package().ok_or_else(|| Error::Kernel {
+                why: format!("No configured source of packages has {PACKAGE}."),
+            })?
+        }
+    };
+    let failed = |error: Error| Error::Kernel {
+        why: error.to_string(),
+    };
+    let file_error = |cause| Error::File {
+        path: folder.clone(),
+        cause,
+    };
+    // A half-done attempt before this one leaves nothing behind.
+    if folder.exists() {
+        fs::remove_dir_all(&folder).map_err(file_error)?;
+    }
+    fs::create_dir_all(&folder).map_err(file_error)?;
+    println!("Downloading {package}");
+    process::run(
+        apt::apt_get()
+            .args(["-qq", "download", &package])
+            .current_dir(&folder),
+    )
+    .map_err(failed)?;
+    for archive in list(&folder)?
+        .iter()
+        .filter(|file| file.extension() == Some(OsStr::new("deb")))
+    {
+        process::run(Command::new("dpkg").arg("-x").arg(archive).arg(&folder)).map_err(failed)?;
+        fs::remove_file(archive).map_err(file_error)?;
+    }
+    // Newer packages have usr/lib only; depmod looks into lib.
+    if !folder.join("lib").exists() {
+        std::os::unix::fs::symlink("usr/lib", folder.join("lib")).map_err(file_error)?;
+    }
+    let kernel = below(&folder).ok_or_else(|| Error::Kernel {
+        why: format!("{package} holds no kernel."),
+    })?;
+    if !kernel.modules.join("modules.dep").exists() {
+        let version = kernel.modules.file_name().unwrap_or_default();
+        process::run(
+            Command::new("busybox")
+                .args(["depmod", "-b"])
+                .arg(&folder)
+                .arg(version),
+        )
+        .map_err(failed)?;
+    }
+    Ok(kernel)
+}
+
+fn fetched(workspace: &Workspace) -> PathBuf {
+    workspace.target().join("lab/kernel")
+}
+
+/// The newest cloud kernel below `root` that has its modules.
+fn below(root: &Path) -> Option<Kernel> {
+    let mut kernels: Vec<Kernel> = list(&root.join("boot"))
+        .ok()?
+        .into_iter()
+        .filter_map(|image| {
+            let version = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?;
+            let modules = root.join("lib/modules").join(version);
+            (version.ends_with("-cloud-amd64") && modules.join("kernel").is_dir())
+                .then_some(Kernel { image, modules })
+        })
+        .collect();
+    kernels.sort_by_key(|kernel| numbers(&kernel.image));
+    kernels.pop()
+}
+
+/// The numbers in a name, for comparing versions: 6.1.0-56 is newer than 6.1.0-9.
+fn numbers(image: &Path) -> Vec<u64> {
+    image
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
+}
+
+/// The package of the kernel itself: [`PACKAGE`] only points to the newest one. None where no source has it.
+fn image_package() -> Option<String> {
+    let mut query = Command::new("apt-cache");
+    query
+        .args(["depends", PACKAGE])
+        .stderr(std::process::Stdio::null());
+    let output = query.output().ok()?;
+    first_image(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn first_image(depends: &str) -> Option<String> {
+    depends.lines().find_map(|line| {
+        let name = line.trim().strip_prefix("Depends: ")?;
+        name.starts_with("linux-image-").then(|| name.to_string())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_kernel_that_has_its_modules_is_taken() {
+        let root = std::env::temp_dir().join(format!("whimbrel-kernel-{}", std::process::id()));
+        let add = |version: &str, modules: bool| {
+            fs::create_dir_all(root.join("boot")).unwrap();
+            fs::write(root.join("boot").join(format!("vmlinuz-{version}")), "").unwrap();
+            if modules {
+                fs::create_dir_all(root.join("lib/modules").join(version).join("kernel")).unwrap();
+            }
+        };
+        assert_eq!(below(&root), None);
+        add("6.1.0-9-cloud-amd64", true);
+        add("6.1.0-56-cloud-amd64", true);
+        add("6.1.0-57-cloud-amd64", false);
+        add("6.1.0-58-amd64", true);
+        let kernel = below(&root).unwrap();
+        assert!(
+            kernel.image.ends_with("vmlinuz-6.1.0-56-cloud-amd64"),
+            "{kernel:?}"
+        );
+        assert!(
+            kernel.modules.ends_with("6.1.0-56-cloud-amd64"),
+            "{kernel:?}"
+        );
+        fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn the_kernels_package_is_read_from_what_the_pointing_package_depends_on() {
+        let text = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n    linux-image-x\n";
+        assert_eq!(
+            first_image(text).as_deref(),
+            Some("linux-image-6.1.0-56-cloud-amd64")
+        );
+        assert_eq!(first_image(""), None);
+    }
+}

@@ -1,0 +1,207 @@
+//! The steps of `cargo xtask test`, in their order: what is done at once first, the tests last, so that the test
+//! runner's summary ends the output.
+
+use crate::artifacts::Artifacts;
+use crate::error::Error;
+use crate::process;
+use crate::tools;
+use crate::workspace::Workspace;
+use crate::{arrows, dependencies, layout};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Fmt,
+    Layout,
+    Arrows,
+    Dependencies,
+    Deny,
+    Clippy,
+    Docs,
+    Doctests,
+    Tests,
+}
+
+impl Step {
+    pub const ALL: [Step; 9] = [
+        Step::Fmt,
+        Step::Layout,
+        Step::Arrows,
+        Step::Dependencies,
+        Step::Deny,
+        Step::Clippy,
+        Step::Docs,
+        Step::Doctests,
+        Step::Tests,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::Fmt => "fmt",
+            Step::Layout => "layout",
+            Step::Arrows => "arrows",
+            Step::Dependencies => "dependencies",
+            Step::Deny => "deny",
+            Step::Clippy => "clippy",
+            Step::Docs => "docs",
+            Step::Doctests => "doctests",
+            Step::Tests => "tests",
+        }
+    }
+
+    pub fn what(self) -> &'static str {
+        match self {
+            Step::Fmt => "the sources are formatted (cargo fmt)",
+            Step::Layout => "no source file is too long, no name is empty of meaning",
+            Step::Arrows => "crates depend on each other in one direction only",
+            Step::Dependencies => "every dependency is named once and explained once",
+            Step::Deny => {
+                "licences, bans and sources of all dependencies (cargo deny; advisories need a download: not here)"
+            }
+            Step::Clippy => "lints, all targets, warnings are errors",
+            Step::Docs => "the documentation of all crates builds without a warning",
+            Step::Doctests => "the examples in the documentation run",
+            Step::Tests => "unit, property and end-to-end tests",
+        }
+    }
+
+    /// Left out by `--quick`.
+    pub fn is_slow(self) -> bool {
+        matches!(self, Step::Deny | Step::Docs | Step::Doctests)
+    }
+}
+
+/// Which tests [`Step::Tests`] runs.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Selection {
+    /// Leave out those that boot QEMU.
+    pub quick: bool,
+    /// Only those whose name contains it.
+    pub filter: Option<String>,
+}
+
+/// The test programs that boot QEMU, as `.config/nextest.toml` has them in its test group.
+const BOOTS_QEMU: &[&str] = &["handover", "guest_", "e2e_", "wan_"];
+
+/// Every step but the tests.
+pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
+    let mut cargo = workspace.cargo();
+    match step {
+        Step::Layout => return layout::check(workspace),
+        Step::Arrows => return arrows::check(workspace),
+        Step::Dependencies => return dependencies::check(workspace),
+        Step::Fmt => cargo.args(["fmt", "--all", "--check"]),
+        Step::Deny => {
+            let Some(program) = tools::find_cargo_deny(workspace) else {
+                return Err(Error::Check {
+                    what: "cargo-deny is not installed",
+                    faults: vec!["`cargo xtask setup` builds it".into()],
+                });
+            };
+            let mut deny = std::process::Command::new(program);
+            deny.current_dir(workspace.root());
+            deny.args([
+                "--log-level",
+                "warn",
+                "check",
+                "--hide-inclusion-graph",
+                "licenses",
+                "bans",
+                "sources",
+            ]);
+            return process::run(&mut deny);
+        }
+        Step::Clippy => cargo
+            .args([
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])
+            .args([
+                // Nothing half-done is handed in.
+                "-D",
+                "clippy::todo",
+                "-D",
+                "clippy::unimplemented",
+                "-D",
+                "clippy::dbg_macro",
+            ]),
+        Step::Docs => cargo
+            .args(["doc", "--quiet", "--workspace", "--no-deps"])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+        Step::Doctests => cargo.args(["test", "--quiet", "--workspace", "--doc"]),
+        Step::Tests => unreachable!("tests are run by run_tests"),
+    };
+    process::run(&mut cargo)
+}
+
+/// The tests, by cargo-nextest where it is installed, else by cargo itself.
+pub fn run_tests(
+    workspace: &Workspace,
+    artifacts: &Artifacts,
+    selection: &Selection,
+) -> Result<(), Error> {
+    let mut cargo = workspace.cargo();
+    if tools::has_nextest() {
+        cargo
+            .args(["nextest", "run", "--workspace"])
+            .args(nextest_selection(selection));
+    } else {
+        // Cargo runs one test program after the other, so guests do not meet; within one they must not either.
+        cargo.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]);
+        if !selection.quick {
+            cargo.arg("--tests");
+        }
+        cargo
+            .args(selection.filter.as_deref())
+            .args(["--", "--test-threads=1"]);
+    }
+    artifacts.export(&mut cargo);
+    match process::run(&mut cargo) {
+        Err(Error::Child { .. }) => Err(Error::TestsFailed),
+        other => other,
+    }
+}
+
+fn nextest_selection(selection: &Selection) -> Vec<String> {
+    let mut args = Vec::new();
+    if selection.quick {
+        args.push("-E".to_string());
+        args.push(format!("not binary(/^({})/)", BOOTS_QEMU.join("|")));
+    }
+    args.extend(selection.filter.clone());
+    args
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quick_leaves_out_exactly_the_test_group_of_the_runners_configuration() {
+        let args = nextest_selection(&Selection {
+            quick: true,
+            filter: None,
+        });
+        let pattern = args[1].strip_prefix("not ").unwrap();
+        let configuration = include_str!("../../.config/nextest.toml");
+        assert!(
+            configuration.contains(&format!("filter = '{pattern}'")),
+            "{pattern} is not in .config/nextest.toml"
+        );
+    }
+
+    #[test]
+    fn names_of_steps_differ() {
+        for (index, step) in Step::ALL.iter().enumerate() {
+            assert!(
+                Step::ALL[..index]
+                    .iter()
+                    .all(|other| other.name() != step.name())
+            );
+        }
+    }
+}
