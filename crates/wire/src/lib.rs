@@ -1,3 +1,10 @@
-//! What two daemons say to each other: frames, messages, unit codecs
+//! What two daemons say to each other: [frames](frame), the [messages](message) and the [units](units)
+//! inside them.
+//!
+//! Nothing here opens a socket: bytes in, values out. Every decoder takes bytes from a peer that may be
+//! wrong or hostile, bounds what it allocates, and is fuzzed.
+#![forbid(unsafe_code)]
 
 pub mod frame;
+pub mod message;
+pub mod units;

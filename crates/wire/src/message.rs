@@ -1,0 +1,342 @@
+//! What two daemons say to each other besides content: the payload of a `Control` frame, in postcard.
+//!
+//! A migration is a session, led by the source, which dials. Its connections carry the migration's id, so
+//! messages need not. The order of a session without trouble:
+//!
+//! ```text
+//! source                                     destination
+//! Prepare(machine, disks)              -->
+//!                                      <--   Prepared(how RAM may go)
+//! Layout(QEMU's RAM blocks)            -->
+//!                                      <--   LayoutTaken
+//! Grant(device state, stale pages)     -->
+//! units: demanded and pushed           -->
+//!                                      <--   Own(Accepted), Ran(when)
+//! Empty(what has no content)           -->
+//!                                      <--   Demand, Forget
+//!                                      <--   Digest (per stretch of disk)
+//! DigestAnswer                         -->
+//!                                      <--   Own(Drained)
+//! Own(Completed)                       -->
+//! ```
+//!
+//! After a reconnect the destination first says what it [holds](Message::Have), space by space, then
+//! [`Message::HaveEnd`]; only then does content flow again.
+
+use serde::{Deserialize, Serialize};
+use whimbrel_engine::space::{Extent, SpaceId};
+use whimbrel_engine::switchover::{Epoch, Say};
+
+/// Most units one bitmap of a message covers: 1 Mi units, 4 GiB of a space, 128 KiB of bits.
+pub const MAX_BITMAP_UNITS: u64 = 1 << 20;
+
+/// Most runs in one message.
+pub const MAX_RUNS: usize = 8192;
+
+/// Most bytes of a [`Message::Peeked`].
+pub const MAX_PEEK: u32 = 256 << 10;
+
+/// Most bytes of device state in a grant, unpacked. A large machine has a few megabytes.
+pub const MAX_DEVICE_STATE: usize = 64 << 20;
+
+/// How RAM travels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RamMode {
+    /// Post-copy where the destination can, else pre-copy.
+    #[default]
+    Auto,
+    /// After the switchover, on demand first. The destination needs userfaultfd.
+    Postcopy,
+    /// Before the switchover.
+    Precopy,
+}
+
+/// A disk that is to move. Its space id is its index in the list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOffer {
+    pub volume: String,
+    pub uuid: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that have content now, so that the destination can tell whether it has room.
+    pub allocated: u64,
+}
+
+/// The machine that is to move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {
+    pub epoch: Epoch,
+    pub machine: String,
+    /// The machine's definition, TOML, as the source has it.
+    pub definition: String,
+    /// The concrete machine type the guest runs on, `pc-q35-7.2`, where the definition may say `q35`.
+    pub machine_type: String,
+    /// The source's QEMU, `10.0.2`.
+    pub qemu_version: String,
+    pub disks: Vec<DiskOffer>,
+    pub ram: RamMode,
+}
+
+/// Device state larger than a frame travels in parts before the grant that completes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grant {
+    pub epoch: Epoch,
+    /// Packed length of all parts before this one.
+    pub parts_len: u32,
+    /// The last part of the zstd-packed device state.
+    pub state: Vec<u8>,
+}
+
+/// One message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    Prepare(Box<Prepare>),
+    /// The destination is ready; RAM will go this way, and if not as asked, why.
+    Prepared {
+        epoch: Epoch,
+        ram: RamMode,
+        note: Option<String>,
+    },
+    /// The stream layout of the source's QEMU, packed by the QEMU crate, and the RAM blocks as spaces.
+    Layout {
+        layout: Vec<u8>,
+        blocks: Vec<(SpaceId, String, u64)>,
+    },
+    /// The destination's QEMU has taken the layout.
+    LayoutTaken,
+    /// Part of a packed device state too large for one frame.
+    StatePart(Vec<u8>),
+    Grant(Grant),
+    /// Plain words of ownership, with the reason for a refusal or a cancel.
+    Own {
+        say: Say,
+        why: Option<String>,
+    },
+    /// When the source's guest stopped or the destination's guest ran, in microseconds of the host's wall
+    /// clock, for the report only.
+    Ran {
+        at_us: u64,
+    },
+    /// RAM units that the destination must not keep of what it was sent before the switchover.
+    Stale {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
+    /// Somebody at the destination waits for these.
+    Demand {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
+    /// The destination's guest wrote or discarded these: they need not be sent.
+    Forget {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
+    /// Units that read as zero at the source: bit 0 of the packed bitmap is unit `first`.
+    Empty {
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        packed: Vec<u8>,
+    },
+    /// Every `Empty` of a space was said.
+    EmptyEnd {
+        space: SpaceId,
+    },
+    /// After a reconnect: units the destination holds.
+    Have {
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        packed: Vec<u8>,
+    },
+    HaveEnd,
+    /// Read from the source's disk without moving anything, before the switchover.
+    Peek {
+        id: u64,
+        space: SpaceId,
+        offset: u64,
+        len: u32,
+    },
+    Peeked {
+        id: u64,
+        bytes: Option<Vec<u8>>,
+    },
+    /// Digest of the included units of a stretch of disk, as stored at the destination.
+    Digest {
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        /// Packed bitmap of the units that count.
+        packed: Vec<u8>,
+        digest: [u8; 32],
+    },
+    DigestAnswer {
+        space: SpaceId,
+        first: u64,
+        same: bool,
+    },
+    /// How the destination fares, for the source's status.
+    Fares(Fares),
+}
+
+/// Figures the destination sends now and then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fares {
+    /// Units resident, by space.
+    pub resident: Vec<u64>,
+    pub demands: u64,
+    pub demand_p50_us: u64,
+    pub demand_p99_us: u64,
+    pub demand_max_us: u64,
+    /// Units that came though they were resident already.
+    pub late_copies: u64,
+    /// Units verified by digest.
+    pub verified_units: u64,
+}
+
+/// A control payload that is no message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MessageError {
+    #[error("control frame is no message of this protocol version: {0}")]
+    Malformed(postcard::Error),
+    #[error("message with {runs} runs, more than {MAX_RUNS}")]
+    TooManyRuns { runs: usize },
+    #[error("message with a run that is empty or out of all bounds")]
+    BadRun,
+    #[error("bitmap of {units} units, more than {MAX_BITMAP_UNITS}")]
+    TooManyUnits { units: u64 },
+    #[error("packed bitmap of {units} units does not unpack to that many")]
+    BadBitmap { units: u64 },
+    #[error("packed data does not unpack to at most {limit} bytes")]
+    Unpack { limit: usize },
+}
+
+impl Message {
+    pub fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("messages hold nothing that postcard cannot write")
+    }
+
+    /// Decodes and checks every bound that does not depend on the migration.
+    pub fn decode(bytes: &[u8]) -> Result<Message, MessageError> {
+        let message: Message = postcard::from_bytes(bytes).map_err(MessageError::Malformed)?;
+        match &message {
+            Message::Demand { runs, .. }
+            | Message::Forget { runs, .. }
+            | Message::Stale { runs, .. } => {
+                if runs.len() > MAX_RUNS {
+                    return Err(MessageError::TooManyRuns { runs: runs.len() });
+                }
+                let limit = u64::MAX / whimbrel_engine::space::UNIT / 4;
+                if runs
+                    .iter()
+                    .any(|r| r.is_empty() || r.start > limit || r.len > limit)
+                {
+                    return Err(MessageError::BadRun);
+                }
+            }
+            Message::Empty { units, .. }
+            | Message::Have { units, .. }
+            | Message::Digest { units, .. }
+                if *units > MAX_BITMAP_UNITS =>
+            {
+                return Err(MessageError::TooManyUnits { units: *units });
+            }
+            _ => {}
+        }
+        Ok(message)
+    }
+}
+
+/// Packs a bitmap for a message.
+pub fn pack_bitmap(set: &whimbrel_engine::set::UnitSet) -> Vec<u8> {
+    pack(&set.to_bytes())
+}
+
+/// Unpacks a bitmap of exactly `units` units.
+pub fn unpack_bitmap(
+    units: u64,
+    packed: &[u8],
+) -> Result<whimbrel_engine::set::UnitSet, MessageError> {
+    if units > MAX_BITMAP_UNITS {
+        return Err(MessageError::TooManyUnits { units });
+    }
+    let bytes = unpack(packed, units.div_ceil(64) as usize * 8)?;
+    whimbrel_engine::set::UnitSet::from_bytes(units, &bytes)
+        .ok_or(MessageError::BadBitmap { units })
+}
+
+/// Packs bytes for a message, with zstd's fastest real level.
+pub fn pack(bytes: &[u8]) -> Vec<u8> {
+    zstd::bulk::compress(bytes, 1).expect("zstd compresses any bytes into memory")
+}
+
+/// Unpacks into at most `limit` bytes.
+pub fn unpack(packed: &[u8], limit: usize) -> Result<Vec<u8>, MessageError> {
+    zstd::bulk::decompress(packed, limit).map_err(|_| MessageError::Unpack { limit })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use whimbrel_engine::set::UnitSet;
+
+    #[test]
+    fn a_message_comes_back_as_it_went() {
+        let message = Message::Demand {
+            space: SpaceId(1),
+            runs: vec![Extent::new(7, 3)],
+        };
+        assert_eq!(Message::decode(&message.encode()), Ok(message));
+    }
+
+    /// Version 1 of the protocol says these bytes, for ever.
+    #[test]
+    fn messages_have_their_golden_bytes() {
+        let own = Message::Own {
+            say: Say::Accepted { epoch: Epoch(5) },
+            why: None,
+        };
+        assert_eq!(own.encode(), [6, 3, 5, 0]);
+        let demand = Message::Demand {
+            space: SpaceId(1),
+            runs: vec![Extent::new(300, 2)],
+        };
+        assert_eq!(demand.encode(), [9, 1, 1, 0xac, 2, 2]);
+    }
+
+    #[test]
+    fn runs_without_end_are_refused() {
+        let message = Message::Forget {
+            space: SpaceId(0),
+            runs: vec![Extent::new(u64::MAX, 1)],
+        };
+        assert_eq!(
+            Message::decode(&message.encode()),
+            Err(MessageError::BadRun)
+        );
+    }
+
+    #[test]
+    fn a_bitmap_that_unpacks_to_more_is_refused() {
+        let packed = pack(&[0xff; 4096]);
+        assert!(unpack_bitmap(64, &packed).is_err());
+    }
+
+    #[test]
+    fn a_bitmap_comes_back_as_it_went() {
+        let mut set = UnitSet::empty(1000);
+        set.insert(Extent::new(3, 500));
+        assert_eq!(unpack_bitmap(1000, &pack_bitmap(&set)), Ok(set));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Message::decode(&bytes);
+            let _ = unpack_bitmap(512, &bytes);
+        }
+    }
+}
