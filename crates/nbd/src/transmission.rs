@@ -1,0 +1,336 @@
+//! The transmission phase: one task that reads requests, serves them and writes the replies.
+//!
+//! One task for both directions means no lock around the stream and no hop between threads: with data at
+//! hand, a queue of 32 reads costs one `recv`, 32 polls and one `writev`. Each turn of the loop
+//!
+//! 1. polls the waiting requests that were woken,
+//! 2. starts every request that lies whole in the inbox, as far as the load admits,
+//! 3. sends all replies there are, in one go,
+//! 4. reads more, if step 2 ran dry.
+//!
+//! Nothing here waits for one request: those that cannot finish at once wait in [`InFlight`].
+//!
+//! Memory: the inbox is fixed, a payload is allocated only once it is admitted, an invalid one is skipped
+//! through the inbox, and replies count against the load until they are sent. When the load is at its
+//! bound nothing more is read, and the client finds its socket full.
+//!
+//! The traps. A client may send without ever reading: that stops at the load's bound and holds up no
+//! other connection. A request half received when the connection ends was never started; the client
+//! repeats it elsewhere. At a shutdown requests that were not yet read stay unanswered, rather than being
+//! refused with ESHUTDOWN: QEMU would hand that to its guest, while a closed connection makes it
+//! reconnect and repeat.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::{Sleep, sleep, timeout};
+use tokio_util::io::poll_read_buf;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::error::ServeError;
+use crate::execute::execute;
+use crate::export::Directory;
+use crate::handshake::Session;
+use crate::inbox::{INBOX, Inbox};
+use crate::inflight::InFlight;
+use crate::limits::Limits;
+use crate::replies::Replies;
+use crate::request::{Command, HEADER, Refusal, Request, StreamLost, Verdict, validate};
+
+/// Replies worth a write of their own: more than this is not gathered while the socket takes it.
+const BATCH: usize = 256 << 10;
+/// A payload of which so much is missing is read straight into its own buffer.
+const DIRECT: usize = 32 << 10;
+/// What is read ahead after such a payload: its sender will send more of them, and what the inbox
+/// catches of the next has to be copied.
+const SHORT_READ: usize = 4 << 10;
+
+/// Serves requests until the client leaves or `shutdown` is cancelled, and answers those in flight.
+pub async fn transmit<S, D>(
+    stream: S,
+    inbox: Inbox,
+    session: Session<D>,
+    limits: Limits,
+    shutdown: &CancellationToken,
+) -> Result<(), ServeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    D: Directory,
+{
+    let mut pump = Pump {
+        stream,
+        inbox,
+        replies: Replies::new(&limits, session.rules.structured),
+        in_flight: InFlight::new(),
+        session: Arc::new(session),
+        intake: Intake::Header,
+        read_ahead: INBOX,
+    };
+    let mut cancelled = pin!(shutdown.cancelled());
+    let mut linger: Option<Pin<Box<Sleep>>> = None;
+    let result = poll_fn(|cx| {
+        if !pump.ended() && cancelled.as_mut().poll(cx).is_ready() {
+            pump.end(Ending::Shutdown);
+        }
+        if let Poll::Ready(result) = pump.poll(cx) {
+            return Poll::Ready(result);
+        }
+        if pump.ended() {
+            let timer = linger.get_or_insert_with(|| Box::pin(sleep(limits.linger)));
+            if timer.as_mut().poll(cx).is_ready() {
+                let requests = pump.replies.owed();
+                return Poll::Ready(Err(ServeError::Lingered { requests }));
+            }
+        }
+        Poll::Pending
+    })
+    .await;
+    pump.close(&limits).await;
+    result
+}
+
+/// What is being received.
+enum Intake {
+    Header,
+    /// Valid; waits for the load to admit it.
+    Admission(Request),
+    /// Admitted; the payload is `len` bytes, of which the buffer's are there.
+    Payload {
+        request: Request,
+        len: usize,
+        buffer: BytesMut,
+    },
+    /// Refused; the rest of its payload is skipped before it is answered.
+    Skip(Refusal),
+    Ended(Ending),
+}
+
+enum Ending {
+    /// The client said so.
+    Disconnect,
+    /// The client closed its end.
+    EndOfStream,
+    Shutdown,
+    /// What the client sent was no request.
+    Lost(StreamLost),
+    /// The stream failed. `None` if the client had said good-bye before.
+    Broken(Option<io::Error>),
+}
+
+/// Why the intake stopped.
+enum Need {
+    /// More bytes from the client.
+    Input,
+    /// A reply to be sent or a request to finish.
+    Room,
+    /// Enough replies have gathered.
+    Send,
+    /// Nothing: it has ended.
+    Nothing,
+}
+
+struct Pump<S, D: Directory> {
+    stream: S,
+    inbox: Inbox,
+    replies: Replies,
+    in_flight: InFlight,
+    session: Arc<Session<D>>,
+    intake: Intake,
+    /// Most bytes to read into the inbox at once.
+    read_ahead: usize,
+}
+
+impl<S, D> Pump<S, D>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    D: Directory,
+{
+    /// Ready when the connection has ended and every request is answered, or will never be.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServeError>> {
+        let mut gather = BATCH;
+        loop {
+            let replies = &mut self.replies;
+            self.in_flight
+                .poll(cx, |request, outcome| replies.answer(request, outcome));
+            let need = self.take_in(gather);
+            let owed = self.replies.owed();
+            match self.replies.poll_send(&mut self.stream, cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => {
+                    self.broken(error);
+                    continue;
+                }
+                // The socket is full: serve on, up to the load's bound.
+                Poll::Pending => gather = usize::MAX,
+            }
+            match need {
+                Need::Send => {}
+                Need::Room if self.replies.owed() < owed => {}
+                Need::Room => return Poll::Pending,
+                Need::Input => match self.poll_receive(cx) {
+                    Poll::Ready(Ok(0)) => self.end(Ending::EndOfStream),
+                    Poll::Ready(Ok(_)) => {}
+                    Poll::Ready(Err(error)) => self.broken(error),
+                    Poll::Pending => return Poll::Pending,
+                },
+                Need::Nothing if self.replies.owed() > 0 => return Poll::Pending,
+                Need::Nothing => return Poll::Ready(self.result()),
+            }
+        }
+    }
+
+    fn ended(&self) -> bool {
+        matches!(self.intake, Intake::Ended(_))
+    }
+
+    fn result(&mut self) -> Result<(), ServeError> {
+        match &mut self.intake {
+            Intake::Ended(Ending::Lost(lost)) => Err((*lost).into()),
+            Intake::Ended(Ending::Broken(error)) => error.take().map_or(Ok(()), |e| Err(e.into())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Accepts nothing more. What is in flight is still answered.
+    fn end(&mut self, ending: Ending) {
+        if let Intake::Payload { request, .. } = &self.intake {
+            self.replies.waive(request);
+        }
+        self.intake = Intake::Ended(ending);
+    }
+
+    /// The stream is of no use any more: accepts nothing, answers nothing; writes are still finished.
+    fn broken(&mut self, error: io::Error) {
+        let said_goodbye = matches!(self.intake, Intake::Ended(Ending::Disconnect));
+        self.end(Ending::Broken((!said_goodbye).then_some(error)));
+        self.replies.give_up();
+        let replies = &mut self.replies;
+        self.in_flight.drop_reads(|request| replies.waive(&request));
+    }
+
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if let Intake::Payload { len, buffer, .. } = &mut self.intake {
+            let missing = *len - buffer.len();
+            if missing >= DIRECT {
+                self.read_ahead = SHORT_READ;
+                let mut rest = buffer.limit(missing);
+                return poll_read_buf(Pin::new(&mut self.stream), cx, &mut rest);
+            }
+        }
+        self.inbox.poll_fill(&mut self.stream, cx, self.read_ahead)
+    }
+
+    /// Starts the requests that are there, until `gather` bytes of replies wait.
+    fn take_in(&mut self, gather: usize) -> Need {
+        loop {
+            match &mut self.intake {
+                Intake::Header => {
+                    let Some(header) = self.inbox.data().first_chunk::<HEADER>() else {
+                        return Need::Input;
+                    };
+                    // A refusal too needs a place in the load, as it leaves a reply.
+                    if !self.replies.admits(0) {
+                        return Need::Room;
+                    }
+                    let verdict = validate(header, &self.session.rules);
+                    self.inbox.consume(HEADER);
+                    match verdict {
+                        Ok(Verdict::Accept(request)) => self.intake = Intake::Admission(request),
+                        Ok(Verdict::Refuse(refusal)) => self.intake = Intake::Skip(refusal),
+                        Ok(Verdict::Disconnect) => self.end(Ending::Disconnect),
+                        Err(lost) => self.end(Ending::Lost(lost)),
+                    }
+                }
+                Intake::Admission(request) => {
+                    let request = *request;
+                    let payload = request.command.payload();
+                    if !self.replies.admits(payload) {
+                        return Need::Room;
+                    }
+                    self.replies.owe(&request);
+                    if let Command::Write { len, .. } = request.command {
+                        let len = len as usize;
+                        let buffer = BytesMut::with_capacity(len);
+                        if len < DIRECT {
+                            self.read_ahead = INBOX;
+                        }
+                        self.intake = Intake::Payload {
+                            request,
+                            len,
+                            buffer,
+                        };
+                    } else {
+                        self.intake = Intake::Header;
+                        self.start(request, Bytes::new());
+                    }
+                }
+                Intake::Payload {
+                    request,
+                    len,
+                    buffer,
+                } => {
+                    let here = self.inbox.data();
+                    let part = here.len().min(*len - buffer.len());
+                    buffer.put_slice(&here[..part]);
+                    self.inbox.consume(part);
+                    if buffer.len() < *len {
+                        return Need::Input;
+                    }
+                    let request = *request;
+                    let payload = std::mem::take(buffer).freeze();
+                    self.intake = Intake::Header;
+                    self.start(request, payload);
+                }
+                Intake::Skip(refused) => {
+                    let part = self.inbox.data().len().min(refused.skip as usize);
+                    self.inbox.consume(part);
+                    refused.skip -= part as u32;
+                    if refused.skip > 0 {
+                        return Need::Input;
+                    }
+                    let refused = *refused;
+                    self.intake = Intake::Header;
+                    debug!(export = self.session.name(), ?refused, "request refused");
+                    self.replies.refuse(&refused);
+                }
+                Intake::Ended(_) => return Need::Nothing,
+            }
+            if self.replies.bytes() >= gather {
+                return Need::Send;
+            }
+        }
+    }
+
+    fn start(&mut self, request: Request, payload: Bytes) {
+        let handler = execute(self.session.clone(), request.command, payload);
+        if let Some(outcome) = self.in_flight.start(request, Box::pin(handler)) {
+            self.replies.answer(request, outcome);
+        }
+    }
+
+    /// Closes the stream. Reads that are still in flight are dropped, the rest is finished behind the
+    /// scenes: the export is given back only after that.
+    async fn close(mut self, limits: &Limits) {
+        self.in_flight.drop_reads(|_| {});
+        if self.in_flight.len() > 0 {
+            let requests = self.in_flight.len();
+            warn!(
+                export = self.session.name(),
+                requests, "connection closed before its writes ended"
+            );
+            let (mut in_flight, session) = (self.in_flight, self.session);
+            tokio::spawn(async move {
+                in_flight.finish().await;
+                drop(session);
+            });
+        }
+        // Only a layer with its own farewell, such as TLS, can fail or wait here; the client is leaving.
+        let _ = timeout(limits.linger, self.stream.shutdown()).await;
+    }
+}
