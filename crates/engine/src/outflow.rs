@@ -112,35 +112,43 @@ pub struct Outflow {
 impl Outflow {
     /// `spaces[i].id` must be `SpaceId(i)`.
     pub fn new(spaces: Vec<SpaceInfo>) -> Self {
-        let mut push_order: Vec<usize> = (0..spaces.len()).collect();
-        push_order.sort_by_key(|&i| spaces[i].kind != SpaceKind::Ram);
-        let spaces = spaces
-            .into_iter()
-            .enumerate()
-            .map(|(i, info)| {
-                assert_eq!(info.id, SpaceId(i as u16), "spaces are listed by id");
-                let none = UnitSet::empty(info.units());
-                SpaceOut {
-                    pending: none.clone(),
-                    withheld: none.clone(),
-                    sent: none.clone(),
-                    preferred: none.clone(),
-                    demanded: none.clone(),
-                    live: none.clone(),
-                    ever_sent: none,
-                    forgotten: 0,
-                    sent_again: 0,
-                    cursor: 0,
-                    info,
-                }
-            })
-            .collect();
-        Outflow {
-            spaces,
-            push_order,
+        let mut outflow = Outflow {
+            spaces: Vec::new(),
+            push_order: Vec::new(),
             demands: VecDeque::new(),
             near: VecDeque::new(),
+        };
+        for info in spaces {
+            outflow.add(info);
         }
+        outflow
+    }
+
+    /// Adds a space, which must be numbered after those there are: RAM blocks become known only when the
+    /// source's QEMU names them.
+    pub fn add(&mut self, info: SpaceInfo) {
+        assert_eq!(
+            usize::from(info.id.0),
+            self.spaces.len(),
+            "spaces are listed by id"
+        );
+        let none = UnitSet::empty(info.units());
+        self.spaces.push(SpaceOut {
+            pending: none.clone(),
+            withheld: none.clone(),
+            sent: none.clone(),
+            preferred: none.clone(),
+            demanded: none.clone(),
+            live: none.clone(),
+            ever_sent: none,
+            forgotten: 0,
+            sent_again: 0,
+            cursor: 0,
+            info,
+        });
+        let mut order: Vec<usize> = (0..self.spaces.len()).collect();
+        order.sort_by_key(|&i| self.spaces[i].info.kind != SpaceKind::Ram);
+        self.push_order = order;
     }
 
     /// The space, if the migration has one of that number: peers name spaces, and peers may be wrong.
@@ -339,6 +347,16 @@ impl Outflow {
         s.sent = s.live.clone();
         s.sent.subtract(&s.pending);
         s.demanded.subtract(held);
+    }
+
+    /// As [`peer_has`](Self::peer_has), for a space whose content still changes at the source: what the
+    /// peer holds may be out of date, so what was pending stays so.
+    pub fn peer_received(&mut self, space: SpaceId, held: &UnitSet) {
+        let s = self.at(space);
+        let mut lost = s.sent.clone();
+        lost.subtract(held);
+        s.sent.subtract(&lost);
+        s.pending.union_with(&lost);
     }
 
     /// Units that are empty in a space: neither live nor waiting to be.
