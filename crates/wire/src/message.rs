@@ -78,6 +78,26 @@ pub struct Prepare {
     pub ram: RamMode,
 }
 
+/// How the source's QEMU speaks of its RAM; the destination speaks the same to its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Content of the stream's configuration section.
+    pub configuration: Vec<u8>,
+    pub ram_section: u32,
+    pub ram_instance: u32,
+    /// The RAM blocks; block `i` is the space numbered after the disks and the blocks before it.
+    pub blocks: Vec<LayoutBlock>,
+}
+
+/// One RAM block.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayoutBlock {
+    pub name: String,
+    /// Bytes.
+    pub len: u64,
+    pub page_size: u64,
+}
+
 /// Device state larger than a frame travels in parts before the grant that completes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
@@ -98,16 +118,19 @@ pub enum Message {
         ram: RamMode,
         note: Option<String>,
     },
-    /// The stream layout of the source's QEMU, packed by the QEMU crate, and the RAM blocks as spaces.
-    Layout {
-        layout: Vec<u8>,
-        blocks: Vec<(SpaceId, String, u64)>,
-    },
+    /// The source's QEMU has named its RAM blocks.
+    Layout(Layout),
     /// The destination's QEMU has taken the layout.
     LayoutTaken,
     /// Part of a packed device state too large for one frame.
     StatePart(Vec<u8>),
     Grant(Grant),
+    /// Pre-copied RAM is all said: this many units frames on connections of this session so far.
+    RamEnd {
+        frames: u64,
+    },
+    /// All of them have been stored.
+    RamTaken,
     /// Plain words of ownership, with the reason for a refusal or a cancel.
     Own {
         say: Say,
@@ -299,12 +322,12 @@ mod tests {
             say: Say::Accepted { epoch: Epoch(5) },
             why: None,
         };
-        assert_eq!(own.encode(), [6, 3, 5, 0]);
+        assert_eq!(own.encode(), [8, 3, 5, 0]);
         let demand = Message::Demand {
             space: SpaceId(1),
             runs: vec![Extent::new(300, 2)],
         };
-        assert_eq!(demand.encode(), [9, 1, 1, 0xac, 2, 2]);
+        assert_eq!(demand.encode(), [11, 1, 1, 0xac, 2, 2]);
     }
 
     #[test]
