@@ -121,7 +121,8 @@ pub fn update() {
 }
 
 fn get(packages: &[&str], suite: Option<&str>) -> Result<(), Error> {
-    process::run(&mut install_command(packages, suite))
+    // Three lines a package of dpkg's progress tell nobody anything; what goes wrong is said on the error output.
+    process::run(install_command(packages, suite).stdout(std::process::Stdio::null()))
 }
 
 /// Whether apt would install these, removing nothing.

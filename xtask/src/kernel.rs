@@ -4,8 +4,9 @@
 //! target folder and *not* installed: installing a kernel would build an initramfs and touch the boot loader of
 //! somebody's machine, and only two things of it are needed.
 //!
-//! A package that was unpacked instead of installed lacks `modules.dep`, which an installation makes; busybox's
-//! `depmod` makes it here.
+//! Two things an unpacked package lacks are made here, by busybox. `modules.dep` is written by an installation only.
+//! And newer kernels come with compressed modules (`.ko.xz`), which guests without xz cannot load: they are unpacked,
+//! and an installed kernel that has only those is passed over.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -48,66 +49,89 @@ pub fn fetch(workspace: &Workspace) -> Result<Kernel, Error> {
             why: "This is not Debian, so no kernel can be fetched.".into(),
         });
     }
-    let package = match image_package() {
-        Some(package) => package,
-        None => {
-            apt::update();
-            image_package().ok_or_else(|| Error::Kernel {
-                why: format!("No configured source of packages has {PACKAGE}."),
-            })?
-        }
-    };
-    let failed = |error: Error| Error::Kernel {
-        why: error.to_string(),
-    };
+    // Made whole beside its place and then renamed: an attempt that was broken off leaves nothing that looks usable.
+    let fresh = folder.with_extension("new");
     let file_error = |cause| Error::File {
-        path: folder.clone(),
+        path: fresh.clone(),
         cause,
     };
-    // A half-done attempt before this one leaves nothing behind.
-    if folder.exists() {
-        fs::remove_dir_all(&folder).map_err(file_error)?;
+    for old in [&fresh, &folder].into_iter().filter(|old| old.exists()) {
+        fs::remove_dir_all(old).map_err(file_error)?;
     }
-    fs::create_dir_all(&folder).map_err(file_error)?;
+    fs::create_dir_all(&fresh).map_err(file_error)?;
+    // The lists may be missing, or name a version that is gone from the mirror: then once more with new ones.
+    let archive = match download(&fresh) {
+        Ok(archive) => archive,
+        Err(_) => {
+            apt::update();
+            download(&fresh)?
+        }
+    };
+    unpack(&archive, &fresh).map_err(|error| Error::Kernel {
+        why: error.to_string(),
+    })?;
+    fs::rename(&fresh, &folder).map_err(file_error)?;
+    below(&folder).ok_or_else(|| Error::Kernel {
+        why: format!("{} holds no kernel.", archive.display()),
+    })
+}
+
+/// Downloads the package of the newest kernel into the folder.
+fn download(folder: &Path) -> Result<PathBuf, Error> {
+    let package = image_package().ok_or_else(|| Error::Kernel {
+        why: format!("No configured source of packages has {PACKAGE}."),
+    })?;
     println!("Downloading {package}");
-    process::run(
-        apt::apt_get()
-            .args(["-qq", "download", &package])
-            .current_dir(&folder),
-    )
-    .map_err(failed)?;
-    for archive in list(&folder)?
-        .iter()
-        .filter(|file| file.extension() == Some(OsStr::new("deb")))
-    {
-        process::run(Command::new("dpkg").arg("-x").arg(archive).arg(&folder)).map_err(failed)?;
-        fs::remove_file(archive).map_err(file_error)?;
-    }
+    let mut download = apt::apt_get();
+    // Apt's own unprivileged user may not write here, and apt would say so at length.
+    download
+        .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &package])
+        .current_dir(folder);
+    process::run(&mut download).map_err(|error| Error::Kernel {
+        why: error.to_string(),
+    })?;
+    list(folder)?
+        .into_iter()
+        .find(|file| file.extension() == Some(OsStr::new("deb")))
+        .ok_or_else(|| Error::Kernel {
+            why: format!("apt said it downloaded {package}, but did not."),
+        })
+}
+
+/// Unpacks a kernel's package into the folder and makes its modules loadable.
+fn unpack(archive: &Path, folder: &Path) -> Result<(), Error> {
+    let file_error = |cause| Error::File {
+        path: folder.to_path_buf(),
+        cause,
+    };
+    process::run(Command::new("dpkg").arg("-x").arg(archive).arg(folder))?;
+    fs::remove_file(archive).map_err(file_error)?;
     // Newer packages have usr/lib only; depmod looks into lib.
     if !folder.join("lib").exists() {
         std::os::unix::fs::symlink("usr/lib", folder.join("lib")).map_err(file_error)?;
     }
-    let kernel = below(&folder).ok_or_else(|| Error::Kernel {
-        why: format!("{package} holds no kernel."),
-    })?;
-    if !kernel.modules.join("modules.dep").exists() {
-        let version = kernel.modules.file_name().unwrap_or_default();
+    for modules in list(&folder.join("lib/modules"))? {
+        let mut decompress = Command::new("find");
+        decompress
+            .arg(&modules)
+            .args(["-name", "*.ko.xz", "-exec", "busybox", "unxz", "{}", "+"]);
+        process::run(&mut decompress)?;
+        let version = modules.file_name().unwrap_or_default();
         process::run(
             Command::new("busybox")
                 .args(["depmod", "-b"])
-                .arg(&folder)
+                .arg(folder)
                 .arg(version),
-        )
-        .map_err(failed)?;
+        )?;
     }
-    Ok(kernel)
+    Ok(())
 }
 
 fn fetched(workspace: &Workspace) -> PathBuf {
     workspace.target().join("lab/kernel")
 }
 
-/// The newest cloud kernel below `root` that has its modules.
+/// The newest cloud kernel below `root` that has its modules, loadable as they are.
 fn below(root: &Path) -> Option<Kernel> {
     let mut kernels: Vec<Kernel> = list(&root.join("boot"))
         .ok()?
@@ -115,12 +139,21 @@ fn below(root: &Path) -> Option<Kernel> {
         .filter_map(|image| {
             let version = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?;
             let modules = root.join("lib/modules").join(version);
-            (version.ends_with("-cloud-amd64") && modules.join("kernel").is_dir())
+            (version.ends_with("-cloud-amd64") && has_plain_modules(&modules))
                 .then_some(Kernel { image, modules })
         })
         .collect();
     kernels.sort_by_key(|kernel| numbers(&kernel.image));
     kernels.pop()
+}
+
+/// Whether the modules are not compressed, judged by those every guest needs: the drivers of disks.
+fn has_plain_modules(modules: &Path) -> bool {
+    list(&modules.join("kernel/drivers/block")).is_ok_and(|files| {
+        files
+            .iter()
+            .any(|file| file.extension() == Some(OsStr::new("ko")))
+    })
 }
 
 /// The numbers in a name, for comparing versions: 6.1.0-56 is newer than 6.1.0-9.
@@ -158,18 +191,24 @@ mod tests {
     #[test]
     fn the_newest_kernel_that_has_its_modules_is_taken() {
         let root = std::env::temp_dir().join(format!("whimbrel-kernel-{}", std::process::id()));
-        let add = |version: &str, modules: bool| {
+        let add = |version: &str, module: Option<&str>| {
             fs::create_dir_all(root.join("boot")).unwrap();
             fs::write(root.join("boot").join(format!("vmlinuz-{version}")), "").unwrap();
-            if modules {
-                fs::create_dir_all(root.join("lib/modules").join(version).join("kernel")).unwrap();
+            if let Some(module) = module {
+                let block = root
+                    .join("lib/modules")
+                    .join(version)
+                    .join("kernel/drivers/block");
+                fs::create_dir_all(&block).unwrap();
+                fs::write(block.join(module), "").unwrap();
             }
         };
         assert_eq!(below(&root), None);
-        add("6.1.0-9-cloud-amd64", true);
-        add("6.1.0-56-cloud-amd64", true);
-        add("6.1.0-57-cloud-amd64", false);
-        add("6.1.0-58-amd64", true);
+        add("6.1.0-9-cloud-amd64", Some("virtio_blk.ko"));
+        add("6.1.0-56-cloud-amd64", Some("virtio_blk.ko"));
+        add("6.1.0-57-cloud-amd64", None);
+        add("6.1.0-58-cloud-amd64", Some("virtio_blk.ko.xz"));
+        add("6.1.0-59-amd64", Some("virtio_blk.ko"));
         let kernel = below(&root).unwrap();
         assert!(
             kernel.image.ends_with("vmlinuz-6.1.0-56-cloud-amd64"),

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::artifacts::{self, Profile};
 use crate::error::Error;
+use crate::needs;
 use crate::steps::{self, Selection, Step};
 use crate::workspace::Workspace;
 
@@ -42,6 +43,12 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), Error> {
         }
     }
     if plan.steps.contains(&Step::Tests) {
+        for need in needs::missing() {
+            println!(
+                "warning: {} is not installed ({}); `cargo xtask setup` does it",
+                need.package, need.why
+            );
+        }
         println!("== build: the programs that end-to-end tests start");
         let artifacts = timed("build", || artifacts::build(workspace, Profile::Dev))?;
         println!(
