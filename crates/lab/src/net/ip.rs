@@ -1,0 +1,68 @@
+//! The `ip` command (iproute2), in batches: one process for a namespace's whole set-up.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use crate::LabError;
+
+/// Runs `ip`'s command lines in one go, inside a namespace if one is named. Stops at the first that
+/// fails; the error holds that line.
+pub(super) fn batch<L: AsRef<str>>(namespace: Option<&str>, lines: &[L]) -> Result<(), LabError> {
+    let mut command = Command::new("ip");
+    if let Some(namespace) = namespace {
+        command.args(["-n", namespace]);
+    }
+    command.args(["-batch", "-"]);
+    let shown = |line: &str| match namespace {
+        Some(namespace) => format!("ip -n {namespace} {line}"),
+        None => format!("ip {line}"),
+    };
+    let start = |source| LabError::Start {
+        command: shown("-batch -"),
+        source,
+    };
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(start)?;
+    let text: String = lines
+        .iter()
+        .flat_map(|line| [line.as_ref(), "\n"])
+        .collect();
+    if let Some(mut stdin) = child.stdin.take() {
+        // Broken pipe: it has failed at an earlier line, which its status tells below.
+        let _ = stdin.write_all(text.as_bytes());
+    }
+    let output = child.wait_with_output().map_err(start)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let failed = failed_line(&stderr).and_then(|number| lines.get(number - 1));
+    Err(LabError::Command {
+        command: shown(failed.map_or("-batch -", |line| line.as_ref())),
+        status: output.status,
+        stderr,
+    })
+}
+
+/// The line's number, from 1, in iproute2's `Command failed -:3`.
+fn failed_line(stderr: &str) -> Option<usize> {
+    let (_, number) = stderr.rsplit_once("Command failed -:")?;
+    number.trim().parse().ok().filter(|&number| number > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_failed_line_is_found_in_the_complaint() {
+        let complaint = "Cannot find device \"x\"\nCommand failed -:3";
+        assert_eq!(failed_line(complaint), Some(3));
+        assert_eq!(failed_line("Command failed -:0"), None);
+        assert_eq!(failed_line("no permission"), None);
+    }
+}
