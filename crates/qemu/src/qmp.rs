@@ -1,0 +1,496 @@
+//! A QMP client: JSON lines over a unix socket.
+//!
+//! Two tasks share the connection. The *reader* matches answers to commands by `id` and publishes
+//! events; the *writer* takes whole lines from a bounded queue, so that a caller that gives up in the
+//! middle of [`Qmp::execute`] can never leave half a command on the wire.
+//!
+//! Traps: a QEMU monitor socket serves one client at a time (connect twice and the second hangs in
+//! the greeting); events arrive between answers; and a destination QEMU whose main thread waits for
+//! a page does not answer QMP at all, so nothing that must happen during a blackout may wait for QMP.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use crate::{Error, Result};
+
+/// Longest line accepted (the schema of QEMU 10 is ~0.3 MiB); a longer one ends the connection.
+const MAX_LINE: u64 = 16 << 20;
+/// Commands waiting to be written; more callers wait for room.
+const COMMANDS: usize = 32;
+/// Events kept for a slow subscriber; beyond it the subscriber gets [`Error::EventsLost`].
+const EVENTS: usize = 1024;
+/// Time a QEMU gets to greet and to take `qmp_capabilities`.
+const GREETING: Duration = Duration::from_secs(10);
+
+/// One event of QEMU.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// `STOP`, `RESUME`, `MIGRATION`, ...
+    pub name: String,
+    /// The event's data, `Null` if it has none.
+    pub data: Value,
+    /// QEMU's own timestamp, since the Unix epoch, in microseconds' grain.
+    pub at: Duration,
+    /// When it was read here.
+    pub arrived: Instant,
+}
+
+/// A QEMU's version as its greeting states it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: u64,
+    pub minor: u64,
+    pub micro: u64,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+type Pending = Arc<Mutex<HashMap<u64, (String, oneshot::Sender<Result<Value>>)>>>;
+
+/// A connection to one QEMU's monitor; clones share it. It closes when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct Qmp {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    lines: mpsc::Sender<Vec<u8>>,
+    pending: Pending,
+    events: broadcast::Sender<Arc<Event>>,
+    /// The reason, once the connection is closed.
+    closed: watch::Receiver<Option<String>>,
+    next_id: AtomicU64,
+    version: Version,
+    pid: Option<i32>,
+}
+
+impl Qmp {
+    /// Connects, reads the greeting and leaves negotiation mode.
+    pub async fn connect(path: &Path) -> Result<Qmp> {
+        let stream = UnixStream::connect(path)
+            .await
+            .map_err(|source| Error::Io {
+                what: "connect to",
+                path: path.to_owned(),
+                source,
+            })?;
+        match tokio::time::timeout(GREETING, Qmp::on(stream)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::Timeout {
+                what: "the QMP greeting",
+                after: GREETING,
+            }),
+        }
+    }
+
+    /// [`connect`](Self::connect), trying again until `patience` is over: for a QEMU just started.
+    pub async fn connect_patiently(path: &Path, patience: Duration) -> Result<Qmp> {
+        let until = Instant::now() + patience;
+        loop {
+            match Qmp::connect(path).await {
+                Err(Error::Io { .. }) if Instant::now() < until => {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Speaks QMP over a connected socket.
+    pub async fn on(stream: UnixStream) -> Result<Qmp> {
+        let pid = stream.peer_cred().ok().and_then(|c| c.pid());
+        let (read, write) = stream.into_split();
+        let mut read = BufReader::new(read);
+        let greeting = read_line(&mut read).await?;
+        let version = parse_version(&greeting["QMP"]["version"]).ok_or(Error::Answer {
+            command: "greeting",
+            what: "no QMP version",
+        })?;
+        let (lines, queue) = mpsc::channel(COMMANDS);
+        let (events, _) = broadcast::channel(EVENTS);
+        let (closing, closed) = watch::channel(None);
+        let pending = Pending::default();
+        tokio::spawn(write_lines(write, queue));
+        tokio::spawn(read_lines(read, pending.clone(), events.clone(), closing));
+        let qmp = Qmp {
+            inner: Arc::new(Inner {
+                lines,
+                pending,
+                events,
+                closed,
+                next_id: AtomicU64::new(1),
+                version,
+                pid,
+            }),
+        };
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        self.inner.version
+    }
+
+    /// Process id of the QEMU at the other end, as the kernel knows it.
+    pub fn pid(&self) -> Option<i32> {
+        self.inner.pid
+    }
+
+    /// Runs a command and returns what stands under `return`.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
+        let mut message = json!({ "execute": command, "id": id });
+        if arguments.as_object().is_some_and(|a| !a.is_empty()) {
+            message["arguments"] = arguments;
+        }
+        let mut line = message.to_string().into_bytes();
+        line.push(b'\n');
+        let (answer, answered) = oneshot::channel();
+        lock(&self.inner.pending).insert(id, (command.to_owned(), answer));
+        let forget = Forget {
+            pending: &self.inner.pending,
+            id,
+        };
+        // The reader empties `pending` when it closes, after it has set `closed`: checked in this
+        // order no command can be left waiting.
+        if self.inner.closed.borrow().is_some() || self.inner.lines.send(line).await.is_err() {
+            return Err(self.disconnected());
+        }
+        let result = answered.await.unwrap_or_else(|_| Err(self.disconnected()));
+        drop(forget);
+        result
+    }
+
+    /// Runs a command of the human monitor and returns its text.
+    pub async fn human(&self, command_line: &str) -> Result<String> {
+        let answer = self
+            .execute(
+                "human-monitor-command",
+                json!({ "command-line": command_line }),
+            )
+            .await?;
+        match answer {
+            Value::String(text) => Ok(text),
+            _ => Err(Error::Answer {
+                command: "human-monitor-command",
+                what: "not a string",
+            }),
+        }
+    }
+
+    /// Events from now on.
+    pub fn events(&self) -> Events {
+        Events {
+            receiver: self.inner.events.subscribe(),
+            closed: self.inner.closed.clone(),
+        }
+    }
+
+    /// Returns, with the reason, once the connection is closed.
+    pub async fn closed(&self) -> String {
+        wait_closed(&mut self.inner.closed.clone()).await
+    }
+
+    fn disconnected(&self) -> Error {
+        let reason = self.inner.closed.borrow().clone();
+        Error::Disconnected {
+            reason: reason.unwrap_or_else(|| "closed".into()),
+        }
+    }
+}
+
+/// Takes an abandoned command out of the table, so that the table's size is bounded by the callers.
+struct Forget<'a> {
+    pending: &'a Pending,
+    id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        lock(self.pending).remove(&self.id);
+    }
+}
+
+/// A subscription to a QEMU's events.
+#[derive(Debug)]
+pub struct Events {
+    receiver: broadcast::Receiver<Arc<Event>>,
+    closed: watch::Receiver<Option<String>>,
+}
+
+impl Events {
+    /// The next event; an error once the connection is closed and all its events were taken.
+    pub async fn next(&mut self) -> Result<Arc<Event>> {
+        tokio::select! {
+            biased;
+            event = self.receiver.recv() => match event {
+                Ok(event) => Ok(event),
+                Err(broadcast::error::RecvError::Lagged(missed)) => Err(Error::EventsLost { missed }),
+                Err(broadcast::error::RecvError::Closed) => Err(Error::Disconnected { reason: "closed".into() }),
+            },
+            reason = wait_closed(&mut self.closed) => Err(Error::Disconnected { reason }),
+        }
+    }
+
+    /// The next event of that name, others are skipped.
+    pub async fn next_named(&mut self, name: &str) -> Result<Arc<Event>> {
+        loop {
+            let event = self.next().await?;
+            if event.name == name {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// An event that has already arrived, without waiting.
+    pub fn try_next(&mut self) -> Option<Arc<Event>> {
+        self.receiver.try_recv().ok()
+    }
+}
+
+async fn wait_closed(closed: &mut watch::Receiver<Option<String>>) -> String {
+    match closed.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or_default(),
+        Err(_) => "closed".into(),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// `{"major": 10, "minor": 0, "micro": 2}` under `qemu`.
+pub(crate) fn parse_version(version: &Value) -> Option<Version> {
+    let qemu = &version["qemu"];
+    Some(Version {
+        major: qemu["major"].as_u64()?,
+        minor: qemu["minor"].as_u64()?,
+        micro: qemu["micro"].as_u64()?,
+    })
+}
+
+async fn write_lines(mut write: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>>) {
+    while let Some(line) = queue.recv().await {
+        if write.write_all(&line).await.is_err() {
+            // The reader sees the same end of the connection and tells everybody.
+            return;
+        }
+    }
+}
+
+async fn read_line(read: &mut BufReader<OwnedReadHalf>) -> Result<Value> {
+    let mut line = Vec::new();
+    let count = read
+        .take(MAX_LINE)
+        .read_until(b'\n', &mut line)
+        .await
+        .map_err(|e| Error::Disconnected {
+            reason: e.to_string(),
+        })?;
+    if count == 0 {
+        return Err(Error::Disconnected {
+            reason: "QEMU closed the monitor".into(),
+        });
+    }
+    if line.last() != Some(&b'\n') && count as u64 == MAX_LINE {
+        return Err(Error::Protocol {
+            what: format!("a line of more than {MAX_LINE} bytes"),
+        });
+    }
+    serde_json::from_slice(&line).map_err(|e| Error::Protocol {
+        what: format!("not JSON: {e}"),
+    })
+}
+
+async fn read_lines(
+    mut read: BufReader<OwnedReadHalf>,
+    pending: Pending,
+    events: broadcast::Sender<Arc<Event>>,
+    closing: watch::Sender<Option<String>>,
+) {
+    let reason = loop {
+        match read_line(&mut read).await {
+            Ok(message) => dispatch(message, &pending, &events),
+            Err(Error::Disconnected { reason }) => break reason,
+            Err(other) => break other.to_string(),
+        }
+    };
+    closing.send_replace(Some(reason.clone()));
+    for (_, (_, answer)) in lock(&pending).drain() {
+        // A caller that has gone needs no answer.
+        let _ = answer.send(Err(Error::Disconnected {
+            reason: reason.clone(),
+        }));
+    }
+}
+
+fn dispatch(mut message: Value, pending: &Pending, events: &broadcast::Sender<Arc<Event>>) {
+    if let Some(name) = message["event"].as_str() {
+        let stamp = &message["timestamp"];
+        let at = Duration::from_secs(stamp["seconds"].as_u64().unwrap_or(0))
+            + Duration::from_micros(stamp["microseconds"].as_u64().unwrap_or(0));
+        let event = Event {
+            name: name.to_owned(),
+            data: message["data"].take(),
+            at,
+            arrived: Instant::now(),
+        };
+        // No subscriber is no error.
+        let _ = events.send(Arc::new(event));
+        return;
+    }
+    let Some((command, answer)) = message["id"]
+        .as_u64()
+        .and_then(|id| lock(pending).remove(&id))
+    else {
+        tracing::debug!(%message, "QMP answer to nobody");
+        return;
+    };
+    let result = match message.get("error") {
+        Some(error) => Err(Error::Qmp {
+            command,
+            class: error["class"].as_str().unwrap_or("unknown").to_owned(),
+            desc: error["desc"].as_str().unwrap_or("").to_owned(),
+        }),
+        None => Ok(message["return"].take()),
+    };
+    let _ = answer.send(result);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A monitor played by hand: greets, then gives the test both directions.
+    async fn monitor() -> (tokio::task::JoinHandle<Result<Qmp>>, BufReader<UnixStream>) {
+        let (ours, theirs) = UnixStream::pair().expect("socket pair");
+        let client = tokio::spawn(Qmp::on(ours));
+        let mut server = BufReader::new(theirs);
+        say(&mut server, json!({"QMP": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}, "capabilities": []}})).await;
+        (client, server)
+    }
+
+    async fn say(server: &mut BufReader<UnixStream>, message: Value) {
+        let line = format!("{message}\r\n");
+        server
+            .get_mut()
+            .write_all(line.as_bytes())
+            .await
+            .expect("written");
+    }
+
+    async fn hear(server: &mut BufReader<UnixStream>) -> Value {
+        let mut line = String::new();
+        server.read_line(&mut line).await.expect("read");
+        serde_json::from_str(&line).expect("JSON")
+    }
+
+    async fn connected() -> (Qmp, BufReader<UnixStream>) {
+        let (client, mut server) = monitor().await;
+        let hello = hear(&mut server).await;
+        assert_eq!(hello["execute"], "qmp_capabilities");
+        say(&mut server, json!({"return": {}, "id": hello["id"]})).await;
+        (client.await.expect("joined").expect("connected"), server)
+    }
+
+    #[tokio::test]
+    async fn answers_out_of_order_find_their_callers() {
+        let (qmp, mut server) = connected().await;
+        let (a, b) = (qmp.clone(), qmp.clone());
+        let first = tokio::spawn(async move { a.execute("one", json!({})).await });
+        let one = hear(&mut server).await;
+        let second = tokio::spawn(async move { b.execute("two", json!({"x": 1})).await });
+        let two = hear(&mut server).await;
+        assert_eq!(two["arguments"]["x"], 1);
+        say(&mut server, json!({"return": 2, "id": two["id"]})).await;
+        say(&mut server, json!({"return": 1, "id": one["id"]})).await;
+        assert_eq!(first.await.expect("joined").expect("answer"), 1);
+        assert_eq!(second.await.expect("joined").expect("answer"), 2);
+    }
+
+    #[tokio::test]
+    async fn an_error_keeps_class_and_text() {
+        let (qmp, mut server) = connected().await;
+        let caller = tokio::spawn(async move { qmp.execute("cont", json!({})).await });
+        let cont = hear(&mut server).await;
+        say(
+            &mut server,
+            json!({"error": {"class": "GenericError", "desc": "no"}, "id": cont["id"]}),
+        )
+        .await;
+        match caller.await.expect("joined") {
+            Err(Error::Qmp {
+                command,
+                class,
+                desc,
+            }) => {
+                assert_eq!(
+                    (command.as_str(), class.as_str(), desc.as_str()),
+                    ("cont", "GenericError", "no")
+                );
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_keeps_qemus_own_time() {
+        let (qmp, mut server) = connected().await;
+        let mut events = qmp.events();
+        say(
+            &mut server,
+            json!({"event": "STOP", "timestamp": {"seconds": 7, "microseconds": 5}}),
+        )
+        .await;
+        let event = events.next_named("STOP").await.expect("event");
+        assert_eq!(event.at, Duration::from_secs(7) + Duration::from_micros(5));
+    }
+
+    #[tokio::test]
+    async fn a_lost_qemu_fails_callers_and_listeners() {
+        let (qmp, mut server) = connected().await;
+        let mut events = qmp.events();
+        let other = qmp.clone();
+        let caller = tokio::spawn(async move { other.execute("stop", json!({})).await });
+        hear(&mut server).await;
+        drop(server);
+        assert!(matches!(
+            caller.await.expect("joined"),
+            Err(Error::Disconnected { .. })
+        ));
+        assert!(matches!(
+            events.next().await,
+            Err(Error::Disconnected { .. })
+        ));
+        assert!(matches!(
+            qmp.execute("cont", json!({})).await,
+            Err(Error::Disconnected { .. })
+        ));
+        qmp.closed().await;
+    }
+
+    #[tokio::test]
+    async fn dropping_the_client_closes_the_monitor() {
+        let (qmp, mut server) = connected().await;
+        drop(qmp);
+        let mut rest = String::new();
+        assert_eq!(server.read_line(&mut rest).await.expect("end"), 0);
+    }
+}

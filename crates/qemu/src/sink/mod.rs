@@ -1,0 +1,58 @@
+//! RAM into a waiting QEMU (`-incoming defer`).
+//!
+//! [`PostcopySink`] runs the guest before its memory is here and passes the pages it wants on as
+//! demands. [`PrecopySink`] is for hosts where QEMU may not use userfaultfd ([`postcopy_possible`]
+//! says): all memory first, then the guest runs.
+//!
+//! Both speak over one unix socket through one task, in the order in which they were called; a call
+//! dropped while it waits for room has placed nothing, and one that returned will be written whole.
+
+mod line;
+mod postcopy;
+mod precopy;
+
+use std::time::Duration;
+
+use serde_json::json;
+
+pub use postcopy::{PostcopySink, Request};
+pub use precopy::PrecopySink;
+
+use crate::qmp::Qmp;
+use crate::settings::Settings;
+use crate::{Error, Result};
+
+/// When a destination was switched on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Switched {
+    /// When the package with LISTEN, device state and RUN (of a pre-copy: the device state) had been
+    /// written to QEMU's socket, since the Unix epoch.
+    pub written: Duration,
+}
+
+/// Whether the destination QEMU may run a post-copy on this host: asked by switching its capability
+/// on and off again. [`Error::NoPostcopy`] carries QEMU's own words (userfaultfd not permitted).
+pub async fn postcopy_possible(qmp: &Qmp) -> Result<()> {
+    match Settings::change(qmp, &["postcopy-ram"], &[]).await {
+        Ok(settings) => settings.restore(qmp).await,
+        Err(Error::Qmp { command, desc, .. }) if command == "migrate-set-capabilities" => {
+            Err(Error::NoPostcopy { desc })
+        }
+        Err(other) => Err(other),
+    }
+}
+
+/// Opens QEMU's ear on the socket path.
+async fn listen(qmp: &Qmp, socket: &std::path::Path) -> Result<()> {
+    let uri = format!("unix:{}", socket.display());
+    qmp.execute("migrate-incoming", json!({ "uri": uri }))
+        .await
+        .map(|_| ())
+}
+
+/// Time of day since the Unix epoch, to stand beside QEMU's timestamps.
+fn wall_clock() -> Duration {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default()
+}
