@@ -1,1 +1,21 @@
-//! Volumes: backends and the residency journal
+//! Volumes: the disks of a machine as this host holds them.
+//!
+//! | module | idea |
+//! |---|---|
+//! | [`pool`] | the few threads on which blocking I/O runs, so that the async runtime never does |
+//! | [`raw`] | a raw sparse file (or block device) with an async face |
+//! | [`journal`] | which units of a volume being filled are here, through any crash |
+//! | [`digest`] | what a volume's content adds up to, for verification |
+//! | [`heat`] | which parts of a volume are read and written, and how much |
+//!
+//! Every error of the crate is a [`VolumeError`].
+
+pub mod digest;
+pub mod error;
+pub mod heat;
+pub mod journal;
+pub mod pool;
+pub mod raw;
+mod turns;
+
+pub use error::{Operation, VolumeError};
