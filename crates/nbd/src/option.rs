@@ -184,6 +184,9 @@ fn context_query(data: &[u8]) -> Result<ContextQuery<'_>, BadOption> {
     let mut fields = Fields(data);
     let name = fields.string()?;
     let count = fields.u32()?;
+    if u64::from(count) * 4 > fields.0.len() as u64 {
+        return Err(invalid("a number of queries exceeds the option's data"));
+    }
     if count > MAX_QUERIES {
         return Err(BadOption {
             reply: REP_ERR_TOO_BIG,
