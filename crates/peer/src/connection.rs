@@ -241,7 +241,7 @@ pub struct FrameReceiver {
 }
 
 impl FrameReceiver {
-    /// The next frame. [`PeerError::Closed`] where the peer closed between two frames.
+    /// The next frame. [`PeerError::Closed`] where the peer closed, or died, between two frames.
     ///
     /// Pings come out here too: who receives one sends its payload back as a pong. A payload shares
     /// its memory with what was read beside it; copy what is kept for long.

@@ -396,7 +396,9 @@ mod tests {
         );
         assert_near(capped, 20_000_000);
         assert_near(capped + one + two, 100_000_000);
-        assert!(one.abs_diff(two) <= 2 * FRAME, "{one} and {two}");
+        // The first to ask finds nobody waiting and has the burst to itself; from then on they take turns.
+        let first_burst = 10_000_000 / 50 + FRAME;
+        assert!(one.abs_diff(two) <= first_burst + FRAME, "{one} and {two}");
     }
 
     #[tokio::test(start_paused = true)]
