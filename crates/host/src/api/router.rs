@@ -1,0 +1,307 @@
+//! Paths and methods of the API, over any [`Service`].
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/host` | `HostView` |
+//! | `GET /v1/peers` · `PUT /v1/peers` (`TrustRequest`) · `DELETE /v1/peers/NAME` | `Listed<PeerView>`, `PeerView`, nothing |
+//! | `GET`, `POST /v1/volumes` (`CreateVolume`) · `GET`, `DELETE /v1/volumes/NAME` | `Listed<VolumeView>`, `VolumeView` |
+//! | `POST /v1/imports` (`ImportVolume`) | stream of `ImportLine` |
+//! | `GET`, `POST /v1/machines` (`MachineSpec`) · `GET`, `DELETE /v1/machines/NAME` | `Listed<MachineView>`, `MachineView` |
+//! | `POST /v1/adoptions` (`AdoptRequest`) | `MachineView` |
+//! | `POST /v1/machines/NAME/start` · `stop` (`StopRequest`) | `MachineView` |
+//! | `POST /v1/machines/NAME/switch` · `cancel` · `throttle` (`ThrottleRequest`) | `MigrationView` |
+//! | `GET`, `POST /v1/migrations` (`MigrateRequest`) · `GET /v1/migrations/ID` | `Listed<MigrationView>`, `MigrationView` |
+//! | `GET /v1/migrations/ID/watch` | stream of `WatchLine` |
+//!
+//! Every refusal is an [`ApiError`] with a status that fits its code.
+
+use super::error::{ApiError, ErrorCode};
+use super::service::Service;
+use super::stream;
+use super::types::*;
+use crate::state::{MachineSpec, MigrationId, Name};
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
+use axum::http::request::Parts;
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt::Display;
+use std::str::FromStr;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use whimbrel_peer::trust::PeerName;
+
+/// Largest request body, bytes; a longer one is refused.
+pub const MAX_BODY: usize = 1 << 20;
+
+struct Shared<S> {
+    service: Arc<S>,
+    stopping: CancellationToken,
+}
+
+impl<S> Clone for Shared<S> {
+    fn clone(&self) -> Self {
+        Shared {
+            service: self.service.clone(),
+            stopping: self.stopping.clone(),
+        }
+    }
+}
+
+type Of<S> = State<Shared<S>>;
+type Answer<T> = Result<Json<T>, ApiError>;
+
+/// The API over `service`. Streams end when `stopping` is cancelled.
+pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Router {
+    Router::new()
+        .route("/v1/host", get(host::<S>))
+        .route("/v1/peers", get(peers::<S>).put(trust::<S>))
+        .route("/v1/peers/{name}", delete(untrust::<S>))
+        .route("/v1/volumes", get(volumes::<S>).post(create_volume::<S>))
+        .route(
+            "/v1/volumes/{name}",
+            get(volume::<S>).delete(remove_volume::<S>),
+        )
+        .route("/v1/imports", post(import_volume::<S>))
+        .route("/v1/machines", get(machines::<S>).post(define_machine::<S>))
+        .route(
+            "/v1/machines/{name}",
+            get(machine::<S>).delete(undefine_machine::<S>),
+        )
+        .route("/v1/machines/{name}/start", post(start_machine::<S>))
+        .route("/v1/machines/{name}/stop", post(stop_machine::<S>))
+        .route("/v1/machines/{name}/switch", post(switch::<S>))
+        .route("/v1/machines/{name}/cancel", post(cancel::<S>))
+        .route("/v1/machines/{name}/throttle", post(throttle::<S>))
+        .route("/v1/adoptions", post(adopt_machine::<S>))
+        .route("/v1/migrations", get(migrations::<S>).post(migrate::<S>))
+        .route("/v1/migrations/{id}", get(migration::<S>))
+        .route("/v1/migrations/{id}/watch", get(watch_migration::<S>))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(Shared { service, stopping })
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let status =
+            StatusCode::from_u16(self.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        (status, Json(self)).into_response()
+    }
+}
+
+/// The name or identifier in the path.
+struct Called<T>(T);
+
+impl<T, X> FromRequestParts<X> for Called<T>
+where
+    T: FromStr<Err: Display>,
+    X: Send + Sync,
+{
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &X) -> Result<Self, ApiError> {
+        let Path(text) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|e| ApiError::new(ErrorCode::Invalid, e.body_text()))?;
+        text.parse().map(Called).map_err(|e: T::Err| {
+            ApiError::new(ErrorCode::Invalid, e.to_string()).machine_state("nothing was changed")
+        })
+    }
+}
+
+/// The request's body.
+struct Said<T>(T);
+
+impl<T: DeserializeOwned, X: Send + Sync> FromRequest<X> for Said<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &X) -> Result<Self, ApiError> {
+        let refused = |what: String| {
+            ApiError::new(
+                ErrorCode::Invalid,
+                format!("the request is not understood: {what}"),
+            )
+            .machine_state("nothing was changed")
+        };
+        let body = Bytes::from_request(request, state)
+            .await
+            .map_err(|e| refused(e.body_text()))?;
+        // An empty body stands for an object without keys: every key may be left out.
+        let text: &[u8] = if body.is_empty() { b"{}" } else { &body };
+        serde_json::from_slice(text)
+            .map(Said)
+            .map_err(|e| refused(e.to_string()))
+    }
+}
+
+fn json<T: Serialize>(value: T) -> Json<T> {
+    Json(value)
+}
+
+async fn no_such_path(uri: Uri) -> ApiError {
+    ApiError::new(
+        ErrorCode::NotFound,
+        format!("the API has no {}", uri.path()),
+    )
+    .next_step("use a command and a daemon of the same version")
+}
+
+async fn no_such_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::new(
+        ErrorCode::Invalid,
+        format!("the API has no {method} for {}", uri.path()),
+    )
+    .next_step("use a command and a daemon of the same version")
+}
+
+async fn host<S: Service>(State(s): Of<S>) -> Answer<HostView> {
+    s.service.host().await.map(json)
+}
+
+async fn peers<S: Service>(State(s): Of<S>) -> Answer<Listed<PeerView>> {
+    s.service.peers().await.map(json)
+}
+
+async fn trust<S: Service>(State(s): Of<S>, Said(request): Said<TrustRequest>) -> Answer<PeerView> {
+    s.service.trust(request).await.map(json)
+}
+
+async fn untrust<S: Service>(State(s): Of<S>, Called(name): Called<PeerName>) -> Answer<()> {
+    s.service.untrust(name).await.map(json)
+}
+
+async fn volumes<S: Service>(State(s): Of<S>) -> Answer<Listed<VolumeView>> {
+    s.service.volumes().await.map(json)
+}
+
+async fn volume<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<VolumeView> {
+    s.service.volume(name).await.map(json)
+}
+
+async fn create_volume<S: Service>(
+    State(s): Of<S>,
+    Said(request): Said<CreateVolume>,
+) -> Answer<VolumeView> {
+    s.service.create_volume(request).await.map(json)
+}
+
+async fn remove_volume<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {
+    s.service.remove_volume(name).await.map(json)
+}
+
+async fn import_volume<S: Service>(
+    State(s): Of<S>,
+    Said(request): Said<ImportVolume>,
+) -> Result<Response, ApiError> {
+    if !request.file.is_absolute() {
+        return Err(ApiError::new(
+            ErrorCode::Invalid,
+            "the file to import must be named with its whole path",
+        )
+        .at(Some(request.file.display().to_string())));
+    }
+    let (progress, news) = watch::channel(ImportProgress::default());
+    let service = s.service;
+    let work = async move { service.import_volume(request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn machines<S: Service>(State(s): Of<S>) -> Answer<Listed<MachineView>> {
+    s.service.machines().await.map(json)
+}
+
+async fn machine<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<MachineView> {
+    s.service.machine(name).await.map(json)
+}
+
+fn checked(spec: &MachineSpec) -> Result<(), ApiError> {
+    spec.check().map_err(|e| {
+        ApiError::new(ErrorCode::Invalid, e.to_string())
+            .machine_state("nothing was changed")
+            .next_step(e.next_step())
+    })
+}
+
+async fn define_machine<S: Service>(
+    State(s): Of<S>,
+    Said(spec): Said<MachineSpec>,
+) -> Answer<MachineView> {
+    checked(&spec)?;
+    s.service.define_machine(spec).await.map(json)
+}
+
+async fn adopt_machine<S: Service>(
+    State(s): Of<S>,
+    Said(request): Said<AdoptRequest>,
+) -> Answer<MachineView> {
+    checked(&request.spec)?;
+    s.service.adopt_machine(request).await.map(json)
+}
+
+async fn start_machine<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+) -> Answer<MachineView> {
+    s.service.start_machine(name).await.map(json)
+}
+
+async fn stop_machine<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<StopRequest>,
+) -> Answer<MachineView> {
+    s.service.stop_machine(name, request).await.map(json)
+}
+
+async fn undefine_machine<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {
+    s.service.undefine_machine(name).await.map(json)
+}
+
+async fn migrations<S: Service>(State(s): Of<S>) -> Answer<Listed<MigrationView>> {
+    s.service.migrations().await.map(json)
+}
+
+async fn migration<S: Service>(
+    State(s): Of<S>,
+    Called(id): Called<MigrationId>,
+) -> Answer<MigrationView> {
+    s.service.migration(id).await.map(json)
+}
+
+async fn migrate<S: Service>(
+    State(s): Of<S>,
+    Said(request): Said<MigrateRequest>,
+) -> Answer<MigrationView> {
+    s.service.migrate(request).await.map(json)
+}
+
+async fn switch<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<MigrationView> {
+    s.service.switch(name).await.map(json)
+}
+
+async fn cancel<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<MigrationView> {
+    s.service.cancel(name).await.map(json)
+}
+
+async fn throttle<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<ThrottleRequest>,
+) -> Answer<MigrationView> {
+    s.service.throttle(name, request.bandwidth).await.map(json)
+}
+
+async fn watch_migration<S: Service>(
+    State(s): Of<S>,
+    Called(id): Called<MigrationId>,
+) -> Result<Response, ApiError> {
+    let news = s.service.watch(id).await?;
+    Ok(stream::watch_migration(news, s.stopping))
+}

@@ -1,0 +1,57 @@
+//! What the daemon does for the API, one method per operation.
+
+use super::error::ApiError;
+use super::types::*;
+use crate::state::{MachineSpec, MigrationId, Name, RateLimit};
+use tokio::sync::watch;
+use whimbrel_peer::trust::PeerName;
+
+/// An operation's future. A client that goes away drops it, except where the method says otherwise.
+macro_rules! answer {
+    ($type:ty) => { impl Future<Output = Result<$type, ApiError>> + Send };
+}
+
+/// The daemon behind the API. Requests come in concurrently; syntax and names are checked before a method
+/// is called, everything about the present state of things is the method's to check.
+pub trait Service: Send + Sync + 'static {
+    fn host(&self) -> answer!(HostView);
+
+    fn peers(&self) -> answer!(Listed<PeerView>);
+    /// Trusts a peer from the next connection on. The same key under the same name gets the new addresses;
+    /// another key under a known name is refused.
+    fn trust(&self, request: TrustRequest) -> answer!(PeerView);
+    fn untrust(&self, name: PeerName) -> answer!(());
+
+    fn volumes(&self) -> answer!(Listed<VolumeView>);
+    fn volume(&self, name: Name) -> answer!(VolumeView);
+    fn create_volume(&self, request: CreateVolume) -> answer!(VolumeView);
+    /// Makes a volume from a file, telling how far it is as often as it likes (only the newest is kept).
+    /// Dropped when the client goes away: nothing of the volume must then remain.
+    fn import_volume(
+        &self,
+        request: ImportVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> answer!(VolumeView);
+    fn remove_volume(&self, name: Name) -> answer!(());
+
+    fn machines(&self) -> answer!(Listed<MachineView>);
+    fn machine(&self, name: Name) -> answer!(MachineView);
+    /// The description was checked; whether its volumes and networks exist was not.
+    fn define_machine(&self, spec: MachineSpec) -> answer!(MachineView);
+    fn start_machine(&self, name: Name) -> answer!(MachineView);
+    fn stop_machine(&self, name: Name, request: StopRequest) -> answer!(MachineView);
+    fn adopt_machine(&self, request: AdoptRequest) -> answer!(MachineView);
+    fn undefine_machine(&self, name: Name) -> answer!(());
+
+    fn migrations(&self) -> answer!(Listed<MigrationView>);
+    fn migration(&self, id: MigrationId) -> answer!(MigrationView);
+    /// Starts a migration and returns at once; it goes on whether or not anybody watches.
+    fn migrate(&self, request: MigrateRequest) -> answer!(MigrationView);
+    /// Ends the hold of the machine's migration.
+    fn switch(&self, machine: Name) -> answer!(MigrationView);
+    fn cancel(&self, machine: Name) -> answer!(MigrationView);
+    /// Changes the bandwidth of the machine's migration from now on.
+    fn throttle(&self, machine: Name, bandwidth: RateLimit) -> answer!(MigrationView);
+    /// The migration's view, now and whenever it changes. May be dropped at any time.
+    fn watch(&self, id: MigrationId) -> answer!(watch::Receiver<MigrationView>);
+}

@@ -1,0 +1,432 @@
+//! Everything the API says, shared by the daemon and the command. JSON over HTTP.
+//!
+//! Sizes are bytes, rates bits per second, times RFC 3339 in UTC, durations milliseconds or seconds as
+//! the field's name says. Requests with an unknown key are refused; answers may grow keys.
+
+use super::error::ApiError;
+use crate::state::{
+    Accel, ByteSize, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit, Timestamp,
+    VolumeUuid,
+};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use whimbrel_engine::space::SpaceKind;
+use whimbrel_engine::switchover::{Epoch, Phase};
+use whimbrel_peer::key_id::KeyId;
+use whimbrel_peer::trust::{PeerAddress, PeerName};
+
+/// All things of a kind, and what is wrong with those that cannot be shown.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listed<T> {
+    pub items: Vec<T>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<ApiError>,
+}
+
+// ---- hosts ----
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostView {
+    pub name: PeerName,
+    /// Fingerprint of the host's key; what the other host must be told to trust.
+    pub key: KeyId,
+    /// The address peers reach it at.
+    pub listen: String,
+    /// The program's version.
+    pub version: String,
+    pub state_dir: PathBuf,
+    /// What the daemon knows; absent while none runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub daemon: Option<DaemonView>,
+    pub peers: Vec<PeerView>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DaemonView {
+    pub pid: u32,
+    pub started: Timestamp,
+    pub qemu: PathBuf,
+    pub networks: Vec<Name>,
+    pub bandwidth: RateLimit,
+    pub machines: usize,
+    pub volumes: usize,
+    /// Migrations that are not over.
+    pub migrations: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerView {
+    pub name: PeerName,
+    pub key: KeyId,
+    /// Where it listens, best first.
+    pub addresses: Vec<PeerAddress>,
+    /// Absent when nobody knows: no daemon runs, or it has no reason to be connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkView>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrustRequest {
+    pub name: PeerName,
+    pub key: KeyId,
+    pub addresses: Vec<PeerAddress>,
+}
+
+/// How this host and a peer are connected.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkView {
+    pub connected: bool,
+    /// Since when it is as it is.
+    pub since: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rtt_ms: Option<f64>,
+    /// How often it was made anew.
+    pub reconnects: u64,
+    /// While not connected, what for: `peer b refuses the connection; next try in 4 s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
+}
+
+// ---- volumes ----
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VolumeView {
+    pub name: Name,
+    pub uuid: VolumeUuid,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that take room on this host.
+    pub allocated: u64,
+    /// How much of it is here, in thousandths; 1000 for a local volume.
+    pub resident_permille: u16,
+    pub epoch: Epoch,
+    pub state: Ownership,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Name>,
+    /// The NBD URI under which it is exported now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+    pub data: PathBuf,
+    pub created: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVolume {
+    pub name: Name,
+    pub size: ByteSize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportVolume {
+    pub name: Name,
+    /// A file the daemon can read; absolute.
+    pub file: PathBuf,
+    pub format: ImageFormat,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    #[default]
+    Raw,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportProgress {
+    /// Bytes gone through, holes included.
+    pub done: u64,
+    /// Bytes altogether; 0 until known.
+    pub total: u64,
+}
+
+// ---- machines ----
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineStatus {
+    /// Known and not running.
+    Defined,
+    Running,
+    /// It has a process whose guest is stopped.
+    Paused,
+    /// On its way to this host; the guest does not run here yet.
+    Arriving,
+    /// It went to a peer; what is left here is the way back.
+    Departed,
+    /// Its process ended without having been asked to.
+    Crashed,
+    /// Nobody but the operator may decide whether it runs here.
+    NeedsOperator,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MachineView {
+    pub name: Name,
+    pub status: MachineStatus,
+    pub ownership: Ownership,
+    pub epoch: Epoch,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// Bytes.
+    pub memory: u64,
+    pub vcpus: u32,
+    /// The concrete type while it runs, else as described.
+    pub machine_type: String,
+    pub accel: Accel,
+    pub disks: Vec<DiskView>,
+    pub nics: Vec<NicView>,
+    /// Its migration that goes on, else its last one this host knows of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskView {
+    pub volume: Name,
+    /// Bytes; absent if the volume cannot be shown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NicView {
+    pub network: Name,
+    pub mac: Option<Mac>,
+    /// The host's interface while the machine runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// End the process now instead of asking the guest to shut down.
+    #[serde(default)]
+    pub force: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdoptRequest {
+    pub spec: MachineSpec,
+    /// The running QEMU's QMP socket; absolute.
+    pub qmp: PathBuf,
+}
+
+// ---- migrations ----
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Direction {
+    Outgoing,
+    Incoming,
+}
+
+/// When the machine switches: before the copy, after it, or in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    Precopy,
+    Mirror,
+    Postcopy,
+    Hybrid,
+    Auto,
+}
+
+/// How RAM is to go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RamMode {
+    /// Post-copy where the destination can, else pre-copy.
+    #[default]
+    Auto,
+    Postcopy,
+    Precopy,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateRequest {
+    pub machine: Name,
+    /// The peer to go to.
+    pub to: PeerName,
+    #[serde(default)]
+    pub bandwidth: RateLimit,
+    /// Stay in the copy phase until told to switch.
+    #[serde(default)]
+    pub hold: bool,
+    #[serde(default)]
+    pub ram: RamMode,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ThrottleRequest {
+    pub bandwidth: RateLimit,
+}
+
+/// How a migration fares, whatever its phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationState {
+    Running,
+    /// Copied as far as it goes; waits for `switch`.
+    Held,
+    /// The peer is out of reach; goes on by itself when it is back.
+    Waiting,
+    Completed,
+    /// Given up on request; the machine is at its source as before.
+    Cancelled,
+    /// Given up after an error; the machine is at its source as before.
+    Failed,
+    /// The machine is paused and nobody but the operator may decide where it runs.
+    NeedsOperator,
+}
+
+impl MigrationState {
+    /// Whether nothing more happens by itself: there is no point in watching on.
+    pub fn is_settled(self) -> bool {
+        match self {
+            MigrationState::Running | MigrationState::Held | MigrationState::Waiting => false,
+            MigrationState::Completed
+            | MigrationState::Cancelled
+            | MigrationState::Failed
+            | MigrationState::NeedsOperator => true,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationView {
+    pub id: MigrationId,
+    pub machine: Name,
+    pub peer: PeerName,
+    pub direction: Direction,
+    pub strategy: Strategy,
+    pub phase: Phase,
+    pub state: MigrationState,
+    pub started: Timestamp,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Timestamp>,
+    /// RAM and disks together, in thousandths. Never goes back.
+    pub permille: u16,
+    pub spaces: Vec<SpaceProgress>,
+    pub sent: SentBytes,
+    pub bandwidth: RateLimit,
+    /// Bits per second over the last seconds.
+    pub rate: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta: Option<EtaRange>,
+    pub demands: DemandStats,
+    /// Source STOP to destination RUNNING.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout_ms: Option<f64>,
+    pub link: LinkView,
+    /// What happened that is worth telling, oldest first; bounded by the daemon.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ApiError>,
+    /// Once it is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<MigrationReport>,
+}
+
+/// One space's share. Units of 4 KiB.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceProgress {
+    pub name: String,
+    pub kind: SpaceKind,
+    pub units_total: u64,
+    /// Neither hole nor zero: what has to move, as far as known.
+    pub units_live: u64,
+    /// Whose current content is at the destination.
+    pub units_resident: u64,
+    /// Sent over the link, each sending counted.
+    pub units_sent: u64,
+    /// Bytes on the link for this space.
+    pub bytes_sent: u64,
+}
+
+/// Bytes on the link, by class.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentBytes {
+    pub demand: u64,
+    pub push: u64,
+    pub control: u64,
+}
+
+impl SentBytes {
+    pub fn total(self) -> u64 {
+        self.demand + self.push + self.control
+    }
+}
+
+/// When it will be over, from now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EtaRange {
+    pub soonest_s: u64,
+    /// Absent: no bound can be given, such as while held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latest_s: Option<u64>,
+}
+
+/// How long the guest waited for units it demanded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DemandStats {
+    pub count: u64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+    pub max_ms: f64,
+}
+
+/// What a migration came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    pub total_ms: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout_ms: Option<f64>,
+    /// What the blackout was made of, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blackout_parts: Vec<TimePart>,
+    /// From the guest running at the destination to nothing absent there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_ms: Option<f64>,
+    pub units_live: u64,
+    pub units_sent: u64,
+    pub sent: SentBytes,
+    pub demands: DemandStats,
+    /// Time without a link, altogether.
+    pub outage_ms: f64,
+    pub reconnects: u64,
+    /// Whether every extent's digest was compared and found equal.
+    pub verified: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TimePart {
+    pub name: String,
+    pub ms: f64,
+}
+
+// ---- streams ----
+
+/// One line of a streamed answer (NDJSON). The last line is `done` or `error`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StreamLine<P, D> {
+    Progress(P),
+    Done(D),
+    Error(ApiError),
+}
+
+/// What an import streams.
+pub type ImportLine = StreamLine<ImportProgress, VolumeView>;
+
+/// What watching a migration streams. `done` when it is settled.
+pub type WatchLine = StreamLine<MigrationView, MigrationView>;
