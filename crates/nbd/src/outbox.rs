@@ -140,3 +140,85 @@ impl Outbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use std::task::Waker;
+
+    /// Takes as many bytes at a time as its script says, and then is full for one turn.
+    struct Grudging {
+        vectored: bool,
+        script: Vec<usize>,
+        taken: Vec<u8>,
+        full: bool,
+    }
+
+    impl AsyncWrite for Grudging {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+        }
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            _cx: &mut Context<'_>,
+            slices: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.full = !self.full;
+            if self.full {
+                return Poll::Pending;
+            }
+            let most = self.script.pop().unwrap_or(usize::MAX);
+            let all = slices.iter().flat_map(|slice| slice.iter().copied());
+            let before = self.taken.len();
+            self.taken.extend(all.take(most));
+            Poll::Ready(Ok(self.taken.len() - before))
+        }
+        fn is_write_vectored(&self) -> bool {
+            self.vectored
+        }
+        fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn frames_arrive_whole_and_in_order_however_they_are_cut(
+            bodies in prop::collection::vec(0usize..70_000, 1..20),
+            script in prop::collection::vec(1usize..90_000, 0..20),
+            vectored: bool,
+        ) {
+            let mut outbox = Outbox::new();
+            let mut expected = Vec::new();
+            for (index, len) in bodies.iter().enumerate() {
+                let body = Bytes::from(vec![index as u8; *len]);
+                let frame = Frame::simple(index as u64, None, body);
+                expected.extend_from_slice(frame.head());
+                expected.extend_from_slice(frame.body());
+                outbox.push(frame, Share { requests: 1, bytes: *len as u32 });
+            }
+            prop_assert_eq!(outbox.bytes(), expected.len());
+            let mut stream = Grudging { vectored, script, taken: Vec::new(), full: false };
+            let mut freed = Share::default();
+            let mut cx = Context::from_waker(Waker::noop());
+            let mut add = |share: Share| {
+                freed.requests += share.requests;
+                freed.bytes += share.bytes;
+            };
+            while outbox.poll_send(&mut stream, &mut cx, &mut add).is_pending() {}
+            prop_assert!(stream.taken == expected);
+            prop_assert_eq!(outbox.bytes(), 0);
+            prop_assert_eq!(freed.requests as usize, bodies.len());
+            prop_assert_eq!(freed.bytes as usize, bodies.iter().sum::<usize>());
+        }
+    }
+}
