@@ -180,6 +180,29 @@ impl Outflow {
         self.at(space).withheld.insert(units);
     }
 
+    /// As [`offer`](Self::offer), for a whole set over the space.
+    pub fn offer_set(&mut self, space: SpaceId, units: &UnitSet) {
+        let s = self.at(space);
+        s.live.union_with(units);
+        s.pending.union_with(units);
+        s.sent.subtract(units);
+        s.withheld.subtract(units);
+    }
+
+    /// Exactly these of the pending units cannot be read yet; demands for others that waited are queued.
+    pub fn set_withheld(&mut self, space: SpaceId, units: &UnitSet) {
+        let s = self.at(space);
+        let mut freed = s.withheld.clone();
+        freed.subtract(units);
+        s.withheld = units.clone();
+        let woken: Vec<Extent> = freed
+            .runs()
+            .flat_map(|run| s.demanded.runs_within(run).collect::<Vec<_>>())
+            .collect();
+        self.demands
+            .extend(woken.into_iter().map(|run| (space, run)));
+    }
+
     /// The content of withheld units can be read now; demands that waited for it are queued.
     pub fn ready(&mut self, space: SpaceId, units: Extent) {
         let s = self.at(space);
