@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
-use whimbrel_lab::guest::{Ack, Failure, Found, Manifest, VerifyReport, verify};
+use whimbrel_lab::guest::{Ack, FAILURES_LISTED, Failure, Found, Manifest, VerifyReport, verify};
 use whimbrel_workload::cell::Broken;
 use whimbrel_workload::replay::{BLOCK, Geometry};
 
@@ -243,6 +243,21 @@ fn damaged_metadata_is_found() {
         "{:?}",
         report.failures
     );
+}
+
+#[test]
+fn a_lost_superblock_is_a_failure_and_not_an_error() {
+    let fixture = Fixture::new();
+    let image = File::options()
+        .write(true)
+        .open(&fixture.image)
+        .expect("the image");
+    image.write_all_at(&[0; 4096], 0).expect("written");
+    let report = verify(&fixture.image, &fixture.manifest, ACKNOWLEDGED).expect("the tools run");
+    assert!(matches!(report.failures[0], Failure::FileSystem { .. }));
+    assert!(report.failure_count > fixture.manifest.files.len() as u64);
+    let listed = report.failure_count.min(FAILURES_LISTED as u64);
+    assert_eq!(report.failures.len() as u64, listed);
 }
 
 #[test]

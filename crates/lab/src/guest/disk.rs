@@ -14,7 +14,11 @@ use whimbrel_workload::manifest::{FILES_DIR, FileEntry, MANIFEST_PATH, Manifest,
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Part of the cached images' names: to be raised when the same specification gives another image.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+
+/// Smaller files, of which such trees have more than of all others, would make the manifest long and the
+/// disk no fuller.
+const SMALLEST_FILE: u64 = 4 << 10;
 
 /// A larger file would make too much of the image one kind of content.
 const LARGEST_FILE: u64 = 16 << 20;
@@ -152,8 +156,8 @@ impl DiskSpec {
                 if meta.is_dir() {
                     dirs.push(path);
                 } else if meta.is_file()
-                    && (1..=LARGEST_FILE).contains(&meta.len())
-                    && path.to_str().is_some()
+                    && (SMALLEST_FILE..=LARGEST_FILE).contains(&meta.len())
+                    && path.to_str().is_some_and(plain)
                     && inodes.insert((meta.dev(), meta.ino()))
                 {
                     found.push((path, meta.len()));
@@ -190,6 +194,11 @@ impl Disk {
     pub fn copy_to(&self, image: &Path) -> Result<(), GuestError> {
         copy_sparse(&self.image, image)
     }
+}
+
+/// A name that can be said to the file system's tools in quotes.
+fn plain(path: &str) -> bool {
+    !path.contains(|c: char| c == '"' || c == '\\' || c.is_control())
 }
 
 /// Links, or where that is not possible copies, one file into the stage.

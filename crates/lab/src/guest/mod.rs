@@ -14,6 +14,7 @@ mod boot;
 mod control;
 mod disk;
 mod error;
+mod image;
 mod initramfs;
 mod kernel;
 mod program;

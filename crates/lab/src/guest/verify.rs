@@ -1,6 +1,6 @@
 //! The stopped guest's image against what it must hold.
 //!
-//! The file system is checked by `e2fsck -fn` and read by `debugfs rdump` into a temporary folder, never
+//! The file system is checked by `e2fsck -fn` and its files are read from the image, which is never
 //! mounted and never written. After a power cut its journal has to be replayed first, which is done on a
 //! copy. Then:
 //! - every file of the manifest has its length and checksum;
@@ -10,12 +10,11 @@
 //! After a power cut the cells that were in flight, those of the writes between the last fsync and the
 //! next, may be torn: they are excused, and counted. After an orderly end there are none.
 
+use super::image::{Image, Layout};
 use super::{Ack, GuestError, Manifest, copy_sparse, tool};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 use whimbrel_workload::cell::{Broken, Place};
 use whimbrel_workload::manifest::{FILES_DIR, MANIFEST_PATH, hash_content};
@@ -106,7 +105,7 @@ pub enum Found {
 /// Verifies a raw image whose guest has stopped. `acknowledged` is the highest the client heard, or what
 /// `poweroff` answered.
 ///
-/// Needs room for the files in the temporary folder, and for a copy of the image after a power cut.
+/// After a power cut it needs room in the temporary folder for a sparse copy of the image.
 pub fn verify(
     image: &Path,
     manifest: &Manifest,
@@ -133,17 +132,9 @@ pub fn verify(
             said: String::from_utf8_lossy(&said[..said.len().min(2000)]).into_owned(),
         });
     }
-    let root = work.path().join("root");
-    std::fs::create_dir(&root).map_err(GuestError::io("create", &root))?;
-    let dump = format!("rdump / \"{}\"", root.display());
-    // It says nothing by its status; what it could not read is missing below.
-    tool::output(
-        "debugfs",
-        &["-R".as_ref(), dump.as_ref(), image.as_os_str()],
-    )?;
-
-    check_files(&root, manifest, &mut report)?;
-    check_work(&root, acknowledged, &mut report)?;
+    let image = Image::open(image)?;
+    check_files(&image, manifest, &mut report)?;
+    check_work(&image, acknowledged, &mut report)?;
     Ok(report)
 }
 
@@ -156,23 +147,35 @@ fn needs_replay(image: &Path) -> Result<bool, GuestError> {
 }
 
 fn check_files(
-    root: &Path,
+    image: &Image,
     manifest: &Manifest,
     report: &mut VerifyReport,
 ) -> Result<(), GuestError> {
-    let inside = std::fs::read(root.join(MANIFEST_PATH)).unwrap_or_default();
-    if serde_json::from_slice::<Manifest>(&inside).ok().as_ref() != Some(manifest) {
+    let paths = std::iter::once(format!("/{MANIFEST_PATH}")).chain(
+        manifest
+            .files
+            .iter()
+            .map(|entry| format!("/{FILES_DIR}/{}", entry.path)),
+    );
+    let paths: Vec<String> = paths.collect();
+    let mut layouts = image.find(&paths)?.into_iter();
+
+    let inside: Option<Manifest> = match layouts.next().flatten() {
+        None => None,
+        Some(layout) => serde_json::from_slice(&read_all(image, &layout, &paths[0])?).ok(),
+    };
+    if inside.as_ref() != Some(manifest) {
         report.fail(Failure::ManifestDiffers);
     }
-    for entry in &manifest.files {
-        let path = root.join(FILES_DIR).join(&entry.path);
-        let Some(file) = open(&path)? else {
+    for (entry, layout) in manifest.files.iter().zip(layouts) {
+        let Some(layout) = layout else {
             report.fail(Failure::FileMissing {
                 path: entry.path.clone(),
             });
             continue;
         };
-        let (size, xxh3) = hash_content(file).map_err(GuestError::io("read", &path))?;
+        let (size, xxh3) =
+            hash_content(image.read(&layout)).map_err(GuestError::io("read", &entry.path))?;
         report.files_checked += 1;
         report.file_bytes += size;
         if (size, &xxh3) != (entry.size, &entry.xxh3) {
@@ -186,12 +189,25 @@ fn check_files(
     Ok(())
 }
 
-fn check_work(root: &Path, acknowledged: Ack, report: &mut VerifyReport) -> Result<(), GuestError> {
-    let dir = root.join(WORK_DIR);
-    let path = dir.join(GEOMETRY_FILE);
-    let geometry: Option<Geometry> = match open(&path)? {
+fn read_all(image: &Image, layout: &Layout, path: &str) -> Result<Vec<u8>, GuestError> {
+    let mut bytes = Vec::new();
+    image
+        .read(layout)
+        .read_to_end(&mut bytes)
+        .map_err(GuestError::io("read", path))?;
+    Ok(bytes)
+}
+
+fn check_work(
+    image: &Image,
+    acknowledged: Ack,
+    report: &mut VerifyReport,
+) -> Result<(), GuestError> {
+    let paths = [GEOMETRY_FILE, LOG_FILE, RANDOM_FILE].map(|name| format!("/{WORK_DIR}/{name}"));
+    let mut layouts = image.find(&paths)?.into_iter();
+    let geometry: Option<Geometry> = match layouts.next().flatten() {
         None => None,
-        Some(file) => serde_json::from_reader(file).ok(),
+        Some(layout) => serde_json::from_slice(&read_all(image, &layout, &paths[0])?).ok(),
     };
     let Some(geometry) = geometry else {
         if acknowledged != Ack::default() {
@@ -199,38 +215,45 @@ fn check_work(root: &Path, acknowledged: Ack, report: &mut VerifyReport) -> Resu
         }
         return Ok(());
     };
-    check_log(&dir, geometry, acknowledged.seq, report)?;
-    check_random(&dir, geometry, acknowledged.generation, report)
-}
 
-fn open(path: &Path) -> Result<Option<File>, GuestError> {
-    match File::open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(GuestError::io("open", path)(error)),
-    }
+    let log = layouts.next().flatten().unwrap_or_default();
+    let len = geometry.record_bytes as usize;
+    let cells = read_cells(image.read(&log), len, geometry.log_slots, |slot| {
+        geometry.log_place(slot)
+    });
+    let cells = cells.map_err(GuestError::io("read", &paths[1]))?;
+    check_log(cells, geometry, acknowledged.seq, report);
+
+    let random = layouts.next().flatten().unwrap_or_default();
+    let cells = read_cells(
+        image.read(&random),
+        BLOCK,
+        geometry.random_blocks,
+        |block| geometry.random_place(block),
+    );
+    let cells = cells.map_err(GuestError::io("read", &paths[2]))?;
+    check_random(cells, geometry, acknowledged.generation, report);
+    Ok(())
 }
 
 /// Reads cells `0..count` of `len` bytes.
 fn read_cells(
-    path: &Path,
+    content: impl Read,
     len: usize,
     count: u64,
     place: impl Fn(u64) -> Place,
-) -> Result<Vec<Found>, GuestError> {
-    let Some(file) = open(path)? else {
-        return Ok(vec![Found::Nothing; count as usize]);
-    };
+) -> io::Result<Vec<Found>> {
+    let mut content = BufReader::with_capacity(1 << 20, content);
     let mut bytes = vec![0; len];
     let mut cells = Vec::with_capacity(count as usize);
     for index in 0..count {
-        cells.push(match file.read_exact_at(&mut bytes, index * len as u64) {
+        cells.push(match content.read_exact(&mut bytes) {
             Ok(()) => match place(index).open(&bytes) {
                 Ok(generation) => Found::Generation(generation),
                 Err(broken) => Found::Broken(broken),
             },
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Found::Nothing,
-            Err(error) => return Err(GuestError::io("read", path)(error)),
+            Err(error) => return Err(error),
         });
     }
     Ok(cells)
@@ -261,15 +284,7 @@ fn in_flight(
     }
 }
 
-fn check_log(
-    dir: &Path,
-    geometry: Geometry,
-    acknowledged: u64,
-    report: &mut VerifyReport,
-) -> Result<(), GuestError> {
-    let len = geometry.record_bytes as usize;
-    let slots = geometry.log_slots;
-    let cells = read_cells(&dir.join(LOG_FILE), len, slots, |s| geometry.log_place(s))?;
+fn check_log(cells: Vec<Found>, geometry: Geometry, acknowledged: u64, report: &mut VerifyReport) {
     report.last_seq = highest(&cells);
     let torn: BTreeSet<u64> = in_flight(report, acknowledged, report.last_seq, geometry.log_batch)
         .map(|seq| geometry.slot(seq))
@@ -289,19 +304,14 @@ fn check_log(
             }),
         }
     }
-    Ok(())
 }
 
 fn check_random(
-    dir: &Path,
+    cells: Vec<Found>,
     geometry: Geometry,
     acknowledged: u64,
     report: &mut VerifyReport,
-) -> Result<(), GuestError> {
-    let blocks = geometry.random_blocks;
-    let cells = read_cells(&dir.join(RANDOM_FILE), BLOCK, blocks, |b| {
-        geometry.random_place(b)
-    })?;
+) {
     report.last_generation = highest(&cells);
     let torn: BTreeSet<u64> = in_flight(
         report,
@@ -327,5 +337,4 @@ fn check_random(
             }),
         }
     }
-    Ok(())
 }
