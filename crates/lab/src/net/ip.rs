@@ -12,6 +12,21 @@ pub(super) fn batch<L: AsRef<str>>(namespace: Option<&str>, lines: &[L]) -> Resu
     if let Some(namespace) = namespace {
         command.args(["-n", namespace]);
     }
+    feed(command, namespace, lines)
+}
+
+/// Runs them all, whichever fail; the error is about some of those.
+pub(super) fn batch_all<L: AsRef<str>>(lines: &[L]) -> Result<(), LabError> {
+    let mut command = Command::new("ip");
+    command.arg("-force");
+    feed(command, None, lines)
+}
+
+fn feed<L: AsRef<str>>(
+    mut command: Command,
+    namespace: Option<&str>,
+    lines: &[L],
+) -> Result<(), LabError> {
     command.args(["-batch", "-"]);
     let shown = |line: &str| match namespace {
         Some(namespace) => format!("ip -n {namespace} {line}"),

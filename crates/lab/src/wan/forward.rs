@@ -155,7 +155,7 @@ struct Runner {
 
 /// Runs until the stop flag is set.
 pub(super) fn run(forward: Forward) {
-    super::priority::raise();
+    crate::priority::raise();
     let mut runner = Runner {
         line: Line::new(forward.spec, forward.seed),
         forward,
@@ -173,7 +173,7 @@ pub(super) fn run(forward: Forward) {
         let delivered = runner.deliver();
         runner.publish();
         if Instant::now() >= cpu_due {
-            let cpu = super::priority::thread_cpu();
+            let cpu = crate::priority::thread_cpu();
             runner
                 .forward
                 .shared

@@ -7,7 +7,6 @@
 mod burst;
 mod forward;
 pub mod line;
-mod priority;
 mod spec;
 mod tun;
 

@@ -1,4 +1,4 @@
-//! The emulator's threads go before everything else on the machine, if they may.
+//! Threads that keep time (the emulator's, the probe's) go before everything else on the machine, if they may.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::thread::ClockId;
 
 /// Raises the calling thread, as far as it is allowed to; without privileges it stays as it is.
-pub(super) fn raise() {
+pub(crate) fn raise() {
     // 1 ns: sleep as exactly as the timer can. Refusal leaves the default of 50 us.
     let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
     let parameters = libc::sched_param { sched_priority: 1 };
@@ -20,7 +20,7 @@ pub(super) fn raise() {
 }
 
 /// CPU time of the calling thread.
-pub(super) fn thread_cpu() -> Duration {
+pub(crate) fn thread_cpu() -> Duration {
     let time = rustix::time::clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
