@@ -1,1 +1,638 @@
-//! placeholder
+//! A raw volume: a sparse file, or a block device.
+//!
+//! # How it does I/O
+//! Buffered, through the page cache: QEMU's own cache modes are kept by the flushes it sends. A read that
+//! the page cache can answer is done on the caller's thread (`preadv2` with `RWF_NOWAIT` fails with
+//! `EAGAIN` rather than wait for a disk); all else goes to the [pool](crate::pool), so that a slow or dead
+//! disk stalls its own requests and never the runtime. Writes try the same where the file system can
+//! (XFS, btrfs; ext4 refuses, and is not asked again).
+//!
+//! # Traps
+//! - Requests in flight together are not ordered. As on a disk, whoever needs an order awaits the first.
+//! - A future dropped half way leaves its request running: the bytes may still be written.
+//! - After one failed sync every later one fails, see [`VolumeError::SyncLost`].
+
+use std::fs::{File, OpenOptions};
+use std::future::Future;
+use std::io;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use rustix::fs::{Advice, FallocateFlags, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::journal::DataSync;
+use crate::pool::{Lane, Pool};
+use crate::turns::Turns;
+use crate::{Operation, VolumeError};
+
+type Result<T> = std::result::Result<T, VolumeError>;
+
+/// Reads and writes up to this many bytes are tried on the caller's thread; copying more would keep the
+/// runtime from others for longer than a hand-over costs.
+const INLINE: usize = 64 << 10;
+
+/// Zeroes written at a time where the file system cannot zero by itself.
+const ZEROES: usize = 1 << 20;
+
+/// At most this much is read ahead per request; more would push out what is needed.
+const PREFETCH: u64 = 32 << 20;
+
+/// Runs a single [`data_extents`](RawFile::data_extents) answers at most.
+const EXTENTS: usize = 65_536;
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
+/// How zeroes may be made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Zeroes {
+    /// The range must stay (or become) allocated.
+    pub no_hole: bool,
+    /// Fail with [`VolumeError::NotFast`] rather than write zeroes out.
+    pub fast_only: bool,
+}
+
+/// A run of bytes that holds data, or reads as zeroes and takes no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataExtent {
+    pub offset: u64,
+    pub len: u64,
+    pub data: bool,
+}
+
+/// An open raw volume; clones share it.
+#[derive(Clone)]
+pub struct RawFile {
+    pool: Pool,
+    inner: Arc<Inner>,
+    syncs: Arc<Turns>,
+}
+
+struct Inner {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    /// What the file system was found able to do; tried until refused once.
+    nowait_read: AtomicBool,
+    nowait_write: AtomicBool,
+    punch: AtomicBool,
+    zero_range: AtomicBool,
+    sync_failed: Mutex<Option<Arc<io::Error>>>,
+}
+
+impl RawFile {
+    /// Opens an existing file or block device at its present size.
+    pub async fn open(pool: &Pool, path: impl Into<PathBuf>, access: Access) -> Result<RawFile> {
+        let path = path.into();
+        let open = move || {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(access == Access::ReadWrite)
+                .open(&path)
+                .map_err(|e| VolumeError::io(&path, Operation::Open, 0, 0, e))?;
+            let size = size_of(&file).map_err(|e| VolumeError::io(&path, Operation::Stat, 0, 0, e))?;
+            Ok(Inner::new(file, path, size))
+        };
+        let inner = pool.run(Lane::Slow, open).await??;
+        Ok(RawFile::of(pool, inner))
+    }
+
+    /// Makes a new file of `size` bytes, all hole; refuses an existing one. Its name is durable when this
+    /// returns.
+    pub async fn create(pool: &Pool, path: impl Into<PathBuf>, size: u64) -> Result<RawFile> {
+        let path = path.into();
+        let create = move || {
+            let fail = |e| VolumeError::io(&path, Operation::Create, 0, size, e);
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&path)
+                .map_err(fail)?;
+            file.set_len(size).map_err(fail)?;
+            file.sync_all().map_err(fail)?;
+            if let Some(dir) = path.parent() {
+                let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+                File::open(dir).and_then(|d| d.sync_all()).map_err(fail)?;
+            }
+            Ok(Inner::new(file, path, size))
+        };
+        let inner = pool.run(Lane::Slow, create).await??;
+        Ok(RawFile::of(pool, inner))
+    }
+
+    fn of(pool: &Pool, inner: Inner) -> RawFile {
+        RawFile { pool: pool.clone(), inner: Arc::new(inner), syncs: Arc::default() }
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.size
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Reads exactly `len` bytes.
+    pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes> {
+        self.inner.test(Operation::Read, offset, len as u64)?;
+        let mut head = Vec::new();
+        if len <= INLINE && self.inner.nowait_read.load(Ordering::Relaxed) {
+            let mut bytes = vec![0; len];
+            let done = self.inner.read_nowait(offset, &mut bytes);
+            if done == len {
+                return Ok(bytes.into());
+            }
+            bytes.truncate(done);
+            head = bytes;
+        }
+        let inner = Arc::clone(&self.inner);
+        self.pool
+            .run(Lane::Quick, move || inner.read_rest(offset, head, len).map(Bytes::from))
+            .await?
+    }
+
+    /// Writes all the bytes into the page cache; [`sync`](Self::sync) makes them durable.
+    pub async fn write(&self, offset: u64, bytes: Bytes) -> Result<()> {
+        self.inner.test(Operation::Write, offset, bytes.len() as u64)?;
+        let mut done = 0;
+        if bytes.len() <= INLINE && self.inner.nowait_write.load(Ordering::Relaxed) {
+            done = self.inner.write_nowait(offset, &bytes);
+            if done == bytes.len() {
+                return Ok(());
+            }
+        }
+        let inner = Arc::clone(&self.inner);
+        self.pool
+            .run(Lane::Quick, move || inner.write_blocking(offset + done as u64, &bytes[done..]))
+            .await?
+    }
+
+    /// Makes the range read as zeroes: a hole, or allocated zeroes where `no_hole` is set, if need be by
+    /// writing them.
+    pub async fn write_zeroes(&self, offset: u64, len: u64, how: Zeroes) -> Result<()> {
+        self.inner.test(Operation::WriteZeroes, offset, len)?;
+        let inner = Arc::clone(&self.inner);
+        // A lane for what may take long: where zeroes must be written, this can be gigabytes.
+        let lane = if len <= 32 << 20 { Lane::Quick } else { Lane::Slow };
+        self.pool.run(lane, move || inner.zero(Operation::WriteZeroes, offset, len, how)).await?
+    }
+
+    /// Gives the range's room back; it reads as zeroes. Zeroes are written where the file system cannot
+    /// punch holes, so that what is read afterwards is the same everywhere.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.test(Operation::Discard, offset, len)?;
+        let inner = Arc::clone(&self.inner);
+        let lane = if len <= 32 << 20 { Lane::Quick } else { Lane::Slow };
+        let how = Zeroes::default();
+        self.pool.run(lane, move || inner.zero(Operation::Discard, offset, len, how)).await?
+    }
+
+    /// Makes everything written before the call durable. Concurrent callers share.
+    pub async fn sync(&self) -> Result<()> {
+        self.syncs
+            .once(async {
+                let inner = Arc::clone(&self.inner);
+                self.pool.run(Lane::Slow, move || inner.sync_blocking()).await?
+            })
+            .await
+    }
+
+    /// Which parts of the range hold data, ascending, without a gap, neighbours differing. All data where
+    /// the file system does not tell. At most 65,536 runs: if the last one ends before the range does, ask
+    /// again from there.
+    pub async fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
+        self.inner.test(Operation::FindData, offset, len)?;
+        let inner = Arc::clone(&self.inner);
+        self.pool.run(Lane::Quick, move || inner.data_extents(offset, len)).await?
+    }
+
+    /// Bytes the file takes on its file system (a block device: 0).
+    pub async fn allocated(&self) -> Result<u64> {
+        let inner = Arc::clone(&self.inner);
+        let stat = move || {
+            let meta = inner.file.metadata();
+            let meta = meta.map_err(|e| inner.error(Operation::Stat, 0, 0, e))?;
+            Ok(meta.blocks() * 512)
+        };
+        self.pool.run(Lane::Quick, stat).await?
+    }
+
+    /// Asks the kernel to read the range (its first 32 MiB) into the page cache; does not wait for that.
+    pub async fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
+        self.inner.test(Operation::Prefetch, offset, len)?;
+        let inner = Arc::clone(&self.inner);
+        let advise = move || {
+            let wanted = std::num::NonZeroU64::new(len.min(PREFETCH));
+            if wanted.is_none() {
+                // To the kernel a length of 0 means "to the end".
+                return Ok(());
+            }
+            rustix::fs::fadvise(&inner.file, offset, wanted, Advice::WillNeed)
+                .map_err(|e| inner.error(Operation::Prefetch, offset, len, e.into()))
+        };
+        self.pool.run(Lane::Slow, advise).await?
+    }
+
+    /// For jobs that themselves run on the pool.
+    pub(crate) fn blocking(&self) -> Blocking {
+        Blocking(Arc::clone(&self.inner))
+    }
+}
+
+/// The volume as seen from a pool thread.
+pub(crate) struct Blocking(Arc<Inner>);
+
+impl Blocking {
+    pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        self.0.read_rest(offset, Vec::new(), len)
+    }
+
+    pub fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
+        self.0.data_extents(offset, len)
+    }
+}
+
+impl DataSync for RawFile {
+    fn sync(&self) -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
+        Box::pin(RawFile::sync(self))
+    }
+}
+
+fn size_of(file: &File) -> io::Result<u64> {
+    let meta = file.metadata()?;
+    if meta.file_type().is_block_device() {
+        return Ok(rustix::fs::seek(file, SeekFrom::End(0))?);
+    }
+    Ok(meta.len())
+}
+
+impl Inner {
+    fn new(file: File, path: PathBuf, size: u64) -> Inner {
+        Inner {
+            file,
+            path,
+            size,
+            nowait_read: AtomicBool::new(true),
+            nowait_write: AtomicBool::new(true),
+            punch: AtomicBool::new(true),
+            zero_range: AtomicBool::new(true),
+            sync_failed: Mutex::new(None),
+        }
+    }
+
+    fn error(&self, op: Operation, offset: u64, len: u64, e: io::Error) -> VolumeError {
+        VolumeError::io(&self.path, op, offset, len, e)
+    }
+
+    fn test(&self, op: Operation, offset: u64, len: u64) -> Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
+            return Ok(());
+        }
+        Err(VolumeError::OutOfRange {
+            path: self.path.clone(),
+            op,
+            offset,
+            len,
+            size: self.size,
+        })
+    }
+
+    /// Bytes read without waiting, from the start; errors are left to the blocking way to find again.
+    fn read_nowait(&self, offset: u64, bytes: &mut [u8]) -> usize {
+        let slice = &mut [IoSliceMut::new(bytes)];
+        match rustix::io::preadv2(&self.file, slice, offset, ReadWriteFlags::NOWAIT) {
+            Ok(done) => done,
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                self.nowait_read.store(false, Ordering::Relaxed);
+                0
+            }
+            Err(_) => 0,
+        }
+    }
+
+    fn write_nowait(&self, offset: u64, bytes: &[u8]) -> usize {
+        match rustix::io::pwritev2(&self.file, &[IoSlice::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(done) => done,
+            Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
+                self.nowait_write.store(false, Ordering::Relaxed);
+                0
+            }
+            Err(_) => 0,
+        }
+    }
+
+    /// Completes `head`, which holds the first bytes, to `len`.
+    fn read_rest(&self, offset: u64, head: Vec<u8>, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = head;
+        // Exact, so that the vector becomes `Bytes` without another allocation.
+        bytes.reserve_exact(len - bytes.len());
+        while bytes.len() < len {
+            let at = offset + bytes.len() as u64;
+            let room = len - bytes.len();
+            // The allocator may have given more room than was asked for: read no further than `len`.
+            let got = if bytes.capacity() == len {
+                rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut bytes), at)
+            } else {
+                let from = bytes.len();
+                bytes.resize(len, 0);
+                let got = rustix::io::pread(&self.file, &mut bytes[from..], at);
+                bytes.truncate(from + got.unwrap_or(0));
+                got
+            };
+            match got {
+                Ok(0) => {
+                    // Shorter than it was when it was opened.
+                    let e = io::ErrorKind::UnexpectedEof.into();
+                    return Err(self.error(Operation::Read, at, room as u64, e));
+                }
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(self.error(Operation::Read, at, room as u64, e.into())),
+            }
+        }
+        Ok(bytes)
+    }
+
+    fn write_blocking(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|e| self.error(Operation::Write, offset, bytes.len() as u64, e))
+    }
+
+    fn zero(&self, op: Operation, offset: u64, len: u64, how: Zeroes) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let ways = [
+            (!how.no_hole, FallocateFlags::PUNCH_HOLE, &self.punch),
+            (true, FallocateFlags::ZERO_RANGE, &self.zero_range),
+        ];
+        for (wanted, flags, known) in ways {
+            if !wanted || !known.load(Ordering::Relaxed) {
+                continue;
+            }
+            match self.allocate(flags | FallocateFlags::KEEP_SIZE, offset, len) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => known.store(false, Ordering::Relaxed),
+                // A block device refuses a range that is not a multiple of its blocks.
+                Err(Errno::INVAL) => {}
+                Err(e) => return Err(self.error(op, offset, len, e.into())),
+            }
+        }
+        if how.fast_only {
+            return Err(VolumeError::NotFast { path: self.path.clone() });
+        }
+        let zeroes = vec![0; ZEROES.min(len as usize)];
+        let mut at = offset;
+        while at < offset + len {
+            let piece = zeroes.len().min((offset + len - at) as usize);
+            self.file
+                .write_all_at(&zeroes[..piece], at)
+                .map_err(|e| self.error(op, at, piece as u64, e))?;
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> rustix::io::Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, len) {
+                Err(Errno::INTR) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn sync_blocking(&self) -> Result<()> {
+        let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(first) = &*failed {
+            return Err(VolumeError::SyncLost { path: self.path.clone(), first: Arc::clone(first) });
+        }
+        self.file.sync_data().map_err(|e| {
+            let copy = match e.raw_os_error() {
+                Some(code) => io::Error::from_raw_os_error(code),
+                None => io::Error::from(e.kind()),
+            };
+            *failed = Some(Arc::new(copy));
+            self.error(Operation::Sync, 0, self.size, e)
+        })
+    }
+
+    fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
+        let end = offset + len;
+        let mut runs: Vec<DataExtent> = Vec::new();
+        let mut at = offset;
+        while at < end && runs.len() < EXTENTS {
+            let (data_at, data_end) = match self.next_data(at) {
+                Ok(found) => found,
+                Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => (at, end),
+                Err(e) => return Err(self.error(Operation::FindData, at, end - at, e.into())),
+            };
+            for (to, data) in [(data_at, false), (data_end, true)] {
+                let to = to.min(end);
+                if to > at {
+                    runs.push(DataExtent { offset: at, len: to - at, data });
+                    at = to;
+                }
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Where the next data begins and ends; both the file's end if there is none.
+    fn next_data(&self, at: u64) -> rustix::io::Result<(u64, u64)> {
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+            Err(Errno::NXIO) => return Ok((self.size, self.size)),
+            start => start?,
+        };
+        // Writers may change the map between the two calls: never go backwards, always forwards.
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
+            Err(Errno::NXIO) => Ok((start, start.max(at + 1))),
+            end => Ok((start, end?.max(start + 1))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::PoolSize;
+    use proptest::prelude::*;
+
+    const MIB: u64 = 1 << 20;
+
+    async fn fresh(size: u64) -> (tempfile::TempDir, RawFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = Pool::start(PoolSize::default()).unwrap();
+        let file = RawFile::create(&pool, dir.path().join("disk"), size).await.unwrap();
+        (dir, file)
+    }
+
+    #[tokio::test]
+    async fn what_is_written_is_read_back_and_found_as_data() {
+        let (_dir, file) = fresh(10 * MIB + 512).await;
+        file.write(3 * MIB, Bytes::from(vec![7; MIB as usize])).await.unwrap();
+        file.sync().await.unwrap();
+        assert_eq!(file.read(3 * MIB - 1, 3).await.unwrap()[..], [0, 7, 7]);
+        assert_eq!(file.read(3 * MIB, MIB as usize).await.unwrap(), vec![7; MIB as usize]);
+        assert_eq!(file.read(10 * MIB, 512).await.unwrap(), vec![0; 512]);
+        assert_eq!(
+            file.data_extents(0, file.size()).await.unwrap(),
+            [
+                DataExtent { offset: 0, len: 3 * MIB, data: false },
+                DataExtent { offset: 3 * MIB, len: MIB, data: true },
+                DataExtent { offset: 4 * MIB, len: 6 * MIB + 512, data: false },
+            ]
+        );
+        assert_eq!(file.allocated().await.unwrap(), MIB);
+        file.prefetch(0, file.size()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_discard_gives_room_back_and_no_hole_keeps_it() {
+        let (_dir, file) = fresh(4 * MIB).await;
+        file.write(0, Bytes::from(vec![7; 4 * MIB as usize])).await.unwrap();
+        file.discard(MIB, MIB).await.unwrap();
+        assert_eq!(file.allocated().await.unwrap(), 3 * MIB);
+        let keep = Zeroes { no_hole: true, fast_only: false };
+        file.write_zeroes(2 * MIB, MIB, keep).await.unwrap();
+        assert_eq!(file.allocated().await.unwrap(), 3 * MIB);
+        assert_eq!(file.read(MIB, 2 * MIB as usize).await.unwrap(), vec![0; 2 * MIB as usize]);
+        assert_eq!(file.size(), 4 * MIB);
+    }
+
+    #[tokio::test]
+    async fn where_nothing_can_be_punched_zeroes_are_written() {
+        let (_dir, file) = fresh(4 * MIB).await;
+        file.write(0, Bytes::from(vec![7; 4 * MIB as usize])).await.unwrap();
+        file.inner.punch.store(false, Ordering::Relaxed);
+        file.inner.zero_range.store(false, Ordering::Relaxed);
+        let fast = Zeroes { no_hole: false, fast_only: true };
+        let refused = file.write_zeroes(0, MIB, fast).await;
+        assert!(matches!(refused, Err(VolumeError::NotFast { .. })));
+        file.discard(100, 3 * MIB).await.unwrap();
+        let bytes = file.read(0, 4 * MIB as usize).await.unwrap();
+        assert!(bytes[..100].iter().all(|&b| b == 7));
+        assert!(bytes[100..100 + 3 * MIB as usize].iter().all(|&b| b == 0));
+        assert!(bytes[100 + 3 * MIB as usize..].iter().all(|&b| b == 7));
+    }
+
+    #[tokio::test]
+    async fn requests_past_the_end_are_refused() {
+        let (_dir, file) = fresh(8192).await;
+        for (offset, len) in [(8192, 1), (8191, 2), (u64::MAX, 1)] {
+            let read = file.read(offset, len).await;
+            assert!(matches!(read, Err(VolumeError::OutOfRange { size: 8192, .. })), "{offset}");
+        }
+        assert!(file.write(8000, Bytes::from(vec![0; 193])).await.is_err());
+        assert_eq!(file.read(8192, 0).await.unwrap().len(), 0);
+    }
+
+    #[tokio::test]
+    async fn errors_say_where_and_a_full_device_is_told_apart() {
+        let pool = Pool::start(PoolSize::default()).unwrap();
+        let absent = RawFile::open(&pool, "/nonexistent/disk", Access::ReadOnly).await;
+        let text = absent.err().unwrap().to_string();
+        assert!(text.starts_with("cannot open /nonexistent/disk"), "{text}");
+
+        let full = Inner::new(
+            OpenOptions::new().write(true).open("/dev/full").unwrap(),
+            "/dev/full".into(),
+            MIB,
+        );
+        let file = RawFile::of(&pool, full);
+        let error = file.write(4096, Bytes::from_static(b"x")).await.unwrap_err();
+        assert!(error.is_no_space());
+        assert!(error.to_string().contains("1 bytes at 4096"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_file_cut_short_behind_our_back_is_an_error_not_zeroes() {
+        let (dir, file) = fresh(MIB).await;
+        let other = OpenOptions::new().write(true).open(dir.path().join("disk")).unwrap();
+        other.set_len(4096).unwrap();
+        assert!(file.read(0, 8192).await.is_err());
+        assert_eq!(file.read(0, 4096).await.unwrap().len(), 4096);
+    }
+
+    #[tokio::test]
+    async fn after_one_failed_sync_none_succeeds() {
+        let (_dir, file) = fresh(MIB).await;
+        *file.inner.sync_failed.lock().unwrap() = Some(Arc::new(io::Error::other("gone")));
+        assert!(matches!(file.sync().await, Err(VolumeError::SyncLost { .. })));
+        assert!(matches!(file.sync().await, Err(VolumeError::SyncLost { .. })));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Write(u64, usize, u8),
+        Zero(u64, u64, bool),
+        Discard(u64, u64),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let range = (0u64..300_000, 1u64..100_000);
+        prop_oneof![
+            (range.clone(), 1u8..).prop_map(|((o, l), b)| Op::Write(o, l as usize, b)),
+            (range.clone(), any::<bool>()).prop_map(|((o, l), n)| Op::Zero(o, l, n)),
+            range.prop_map(|(o, l)| Op::Discard(o, l)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+        #[test]
+        fn a_volume_is_an_array_of_bytes(ops in proptest::collection::vec(op(), 1..12)) {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(async {
+                let size = 400_001;
+                let (_dir, file) = fresh(size).await;
+                let mut model = vec![0u8; size as usize];
+                for op in ops {
+                    match op {
+                        Op::Write(o, l, b) => {
+                            file.write(o, Bytes::from(vec![b; l])).await.unwrap();
+                            model[o as usize..o as usize + l].fill(b);
+                        }
+                        Op::Zero(o, l, no_hole) => {
+                            let how = Zeroes { no_hole, fast_only: false };
+                            file.write_zeroes(o, l, how).await.unwrap();
+                            model[o as usize..(o + l) as usize].fill(0);
+                        }
+                        Op::Discard(o, l) => {
+                            file.discard(o, l).await.unwrap();
+                            model[o as usize..(o + l) as usize].fill(0);
+                        }
+                    }
+                }
+                assert_eq!(file.read(0, size as usize).await.unwrap(), model);
+                let runs = file.data_extents(1000, size - 1000).await.unwrap();
+                let mut at = 1000;
+                for run in &runs {
+                    assert_eq!(run.offset, at);
+                    at += run.len;
+                    if !run.data {
+                        let hole = &model[run.offset as usize..at as usize];
+                        assert!(hole.iter().all(|&b| b == 0));
+                    }
+                }
+                assert_eq!(at, size);
+            });
+        }
+    }
+}

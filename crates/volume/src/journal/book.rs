@@ -29,6 +29,15 @@ struct Log {
     used: u32,
     /// Slots known to be durable.
     settled: u32,
+    /// A write to it failed half way. It is never written to again: what lies beyond a torn record would
+    /// else be the remains of the failed write, and recovery takes such for damage.
+    broken: Option<VolumeError>,
+}
+
+impl Log {
+    fn new(header: LogHeader) -> Self {
+        Log { header, used: 0, settled: 0, broken: None }
+    }
 }
 
 pub(super) struct Book<S> {
@@ -37,6 +46,8 @@ pub(super) struct Book<S> {
     limits: Limits,
     log: Log,
     next_generation: u64,
+    /// A fold is making the log of that generation.
+    making: bool,
     /// The newest snapshot: the state before log `base`.
     base: u64,
     /// Logs written to in this boot that no sync has covered since they were closed. The log appended
@@ -45,9 +56,10 @@ pub(super) struct Book<S> {
     /// The newest change of this boot, and the newest that a durable barrier covers.
     last: Sequence,
     durable: Sequence,
-    /// Changes since the switch to the current log, and those before it that no snapshot has yet.
+    /// Changes since the last switch, and those before it that no snapshot has yet, with the generation of
+    /// the log switched to.
     delta: Delta,
-    frozen: Option<Arc<Delta>>,
+    frozen: Option<(u64, Arc<Delta>)>,
     /// Logs found at the start.
     pub logs_behind: u64,
     poisoned: Option<VolumeError>,
@@ -126,7 +138,8 @@ impl<S: Store> Book<S> {
             store,
             identity,
             limits,
-            log: Log { header, used: 0, settled: 0 },
+            log: Log::new(header),
+            making: false,
             next_generation: start.next_generation,
             base: start.base,
             unsynced: start.unsynced,
@@ -150,12 +163,13 @@ impl<S: Store> Book<S> {
     }
 
     /// Appends as many of the changes as there is room for, in one write; returns how many those were.
-    /// On an error none counts: the next append writes over the same slots.
+    /// On an error none counts, and the next append starts a new log.
     pub fn append(&mut self, changes: &[Change]) -> Result<usize> {
         if self.retired {
             return Ok(changes.len());
         }
         self.check()?;
+        self.mend()?;
         let (used, usable) = self.fill();
         let mut room = usable.saturating_sub(used);
         let mut bytes = Vec::new();
@@ -185,7 +199,7 @@ impl<S: Store> Book<S> {
     }
 
     fn knows(&self, change: Change) -> bool {
-        self.delta.knows(change) || self.frozen.as_ref().is_some_and(|f| f.knows(change))
+        self.delta.knows(change) || self.frozen.as_ref().is_some_and(|(_, f)| f.knows(change))
     }
 
     fn sequence(&self, ahead: u32) -> Sequence {
@@ -194,9 +208,31 @@ impl<S: Store> Book<S> {
 
     fn write_records(&mut self, bytes: &[u8]) -> Result<()> {
         let offset = HEADER as u64 + u64::from(self.log.used) * RECORD as u64;
-        self.store.write(&log_name(self.log.header.generation), offset, bytes)?;
+        let name = log_name(self.log.header.generation);
+        if let Err(error) = self.store.write(&name, offset, bytes) {
+            self.log.broken = Some(error.clone());
+            return Err(error);
+        }
         self.log.used += (bytes.len() / RECORD) as u32;
         Ok(())
+    }
+
+    /// Puts a new log in place of a broken one.
+    fn mend(&mut self) -> Result<()> {
+        let Some(broken) = &self.log.broken else { return Ok(()) };
+        if self.making {
+            // The fold's switch will mend it in a moment.
+            return Err(broken.clone());
+        }
+        let header = make_log(&*self.store, self.identity, self.limits, self.next_generation)?;
+        self.replace_log(header);
+        Ok(())
+    }
+
+    fn replace_log(&mut self, header: LogHeader) {
+        self.unsynced.insert(self.log.header.generation);
+        self.next_generation = header.generation + 1;
+        self.log = Log::new(header);
     }
 
     /// The newest change: a sync of the data that begins after this call covers it.
@@ -213,6 +249,7 @@ impl<S: Store> Book<S> {
         if covers <= self.durable {
             return Ok(None);
         }
+        self.mend()?;
         let entry = Entry::Barrier { covers, settled: self.log.settled };
         let record = encode(entry, self.sequence(0), self.log.header.nonce);
         self.write_records(&record)?;
@@ -225,6 +262,7 @@ impl<S: Store> Book<S> {
             return Ok(None);
         }
         self.check()?;
+        self.mend()?;
         let record = encode(Entry::Closed, self.sequence(0), self.log.header.nonce);
         self.write_records(&record)?;
         Ok(Some(self.sealed(self.durable)))
@@ -267,27 +305,33 @@ impl<S: Store> Book<S> {
         }
     }
 
-    /// First step of a fold: the generation of the log to make, with [`make_log`].
-    pub fn reserve(&mut self) -> (u64, Limits) {
-        self.next_generation += 1;
-        (self.next_generation - 1, self.limits)
+    /// First step of a fold: the log to make, with [`make_log`]. The generation is not used up before the
+    /// switch: one that could not be made would leave a gap, and a gap is damage.
+    pub fn next_log(&mut self) -> (u64, Limits) {
+        self.making = true;
+        (self.next_generation, self.limits)
+    }
+
+    /// The log could not be made.
+    pub fn give_up_log(&mut self) {
+        self.making = false;
     }
 
     /// Second step: changes go to the new log from now on. What came before is frozen; it must be made
     /// durable by a barrier before the third step.
     pub fn switch(&mut self, header: LogHeader) -> Fold {
-        self.unsynced.insert(self.log.header.generation);
-        self.log = Log { header, used: 0, settled: 0 };
+        self.replace_log(header);
+        self.making = false;
         debug_assert!(self.frozen.is_none(), "an unfinished fold is finished first");
         let frozen = Arc::new(std::mem::replace(&mut self.delta, Delta::empty(&self.identity)));
-        self.frozen = Some(Arc::clone(&frozen));
+        self.frozen = Some((header.generation, Arc::clone(&frozen)));
         Fold { generation: header.generation, base: self.base, frozen }
     }
 
     /// A fold that failed after its switch.
     pub fn unfinished_fold(&self) -> Option<Fold> {
-        self.frozen.as_ref().map(|frozen| Fold {
-            generation: self.log.header.generation,
+        self.frozen.as_ref().map(|(generation, frozen)| Fold {
+            generation: *generation,
             base: self.base,
             frozen: Arc::clone(frozen),
         })

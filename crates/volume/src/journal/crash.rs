@@ -236,10 +236,13 @@ impl World {
             FoldStep::Idle => match self.book.unfinished_fold() {
                 Some(fold) => FoldStep::Switched(fold),
                 None => {
-                    let (generation, limits) = self.book.reserve();
+                    let (generation, limits) = self.book.next_log();
                     match make_log(&*disk, IDENTITY, limits, generation) {
                         Ok(header) => FoldStep::Made(header),
-                        Err(_) => FoldStep::Idle,
+                        Err(_) => {
+                            self.book.give_up_log();
+                            FoldStep::Idle
+                        }
                     }
                 }
             },
@@ -327,8 +330,14 @@ impl World {
     }
 }
 
+/// `PROPTEST_CASES`, or few enough for every build.
+fn config() -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|v| v.parse().ok());
+    ProptestConfig::with_cases(cases.unwrap_or(500))
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn no_crash_makes_the_journal_lie(seed: u64, ops in proptest::collection::vec(op(), 1..150)) {
@@ -354,7 +363,7 @@ proptest! {
             world.step(op);
         }
         world.disk.light_fuse(u32::MAX);
-        world.fold = FoldStep::Idle;
+        world.disk.restart_daemon();
         if host {
             world.crash(true);
         }
@@ -403,7 +412,7 @@ fn a_damaged_newest_snapshot_is_replaced_by_the_one_before() {
     for host in [false, true] {
         let world = world_with_two_generations();
         let newest = named(&world, super::SNAPSHOT).pop().unwrap();
-        world.disk.damage(&newest, 70);
+        world.disk.damage(&newest, 90);
         if host {
             world.disk.restart_host();
         }
@@ -417,7 +426,7 @@ fn a_damaged_newest_snapshot_is_replaced_by_the_one_before() {
 fn damage_to_every_snapshot_is_an_error_that_says_where() {
     let world = world_with_two_generations();
     for name in named(&world, super::SNAPSHOT) {
-        world.disk.damage(&name, 70);
+        world.disk.damage(&name, 90);
     }
     let opened = recover::open(Arc::clone(&world.disk), IDENTITY, LIMITS);
     let Err(VolumeError::JournalDamaged { offset: 64, fault: Fault::Checksum, .. }) = opened else {

@@ -29,7 +29,8 @@ struct SimFile {
 #[derive(Clone)]
 enum NameChange {
     Create(String, u64),
-    Rename(String, String),
+    /// Of this very file, whatever else had the name before.
+    Rename(String, String, u64),
     Remove(String),
 }
 
@@ -97,10 +98,9 @@ fn apply(names: &mut BTreeMap<String, u64>, change: &NameChange) {
         NameChange::Create(name, id) => {
             names.insert(name.clone(), *id);
         }
-        NameChange::Rename(from, to) => {
-            if let Some(id) = names.remove(from) {
-                names.insert(to.clone(), id);
-            }
+        NameChange::Rename(from, to, id) => {
+            names.remove(from);
+            names.insert(to.clone(), *id);
         }
         NameChange::Remove(name) => {
             names.remove(name);
@@ -306,7 +306,8 @@ impl Store for Disk {
         let mut inner = self.inner();
         let luck = inner.luck();
         if matches!(luck, Luck::Done) || matches!(luck, Luck::Partly) && inner.random(2) == 0 {
-            inner.change(NameChange::Rename(from.to_owned(), to.to_owned()));
+            let id = inner.names[from];
+            inner.change(NameChange::Rename(from.to_owned(), to.to_owned(), id));
         }
         match luck {
             Luck::Done => Ok(()),

@@ -451,10 +451,16 @@ impl Inner {
         }
         let inner = Arc::clone(self);
         let switch = move || {
-            let (generation, limits) = inner.book().reserve();
-            let header = make_log(&*inner.store, inner.identity, limits, generation)?;
+            let (generation, limits) = inner.book().next_log();
+            let made = make_log(&*inner.store, inner.identity, limits, generation);
             let mut book = inner.book();
-            book.check()?;
+            let header = match book.check().and(made) {
+                Ok(header) => header,
+                Err(error) => {
+                    book.give_up_log();
+                    return Err(error);
+                }
+            };
             let fold = book.switch(header);
             inner.switches.fetch_add(1, Ordering::SeqCst);
             inner.fold_at.store(book.fill().1 / 2, Ordering::Relaxed);

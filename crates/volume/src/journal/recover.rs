@@ -60,18 +60,16 @@ pub(super) fn open<S: Store>(
     };
     let (snapshots, logs) = (of_kind(super::SNAPSHOT), of_kind(super::LOG));
 
+    // A snapshot, readable or not, had its log; so each log up to the newest name must be there.
+    let newest = snapshots.iter().chain(&logs).max().copied().unwrap_or(0);
     let mut first_failure = None;
     for &base in snapshots.iter().rev() {
-        match from_base(&*store, identity, base, &logs) {
+        match from_base(&*store, identity, base, newest, &logs) {
             Ok((start, state, how)) => {
                 let fell_back = first_failure.is_some();
                 if let Some(error) = &first_failure {
                     tracing::warn!(%error, base, "fell back to the journal's previous generation");
                 }
-                let start = Start {
-                    next_generation: snapshots.iter().chain(&logs).max().map_or(1, |g| g + 1),
-                    ..start
-                };
                 let book = Book::resume(store, identity, limits, start)?;
                 let State { resident, guest_owned, partial } = state;
                 return Ok((book, Recovered { resident, guest_owned, partial, how, fell_back }));
@@ -121,12 +119,12 @@ fn from_base<S: Store>(
     store: &S,
     identity: VolumeIdentity,
     base: u64,
+    newest: u64,
     generations: &BTreeSet<u64>,
 ) -> Result<(Start, State, RecoveryHow)> {
     let mut snapshot = OldSnapshot::open(store, base)?;
     same_volume(&store.path(&snapshot_name(base)), snapshot.identity(), identity)?;
 
-    let newest = generations.last().copied().unwrap_or(base).max(base);
     let mut logs = Vec::new();
     for generation in base..=newest {
         if !generations.contains(&generation) {
