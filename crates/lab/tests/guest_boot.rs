@@ -5,7 +5,7 @@ mod guest_support;
 use guest_support::{Guest, small_disk, small_params};
 use std::time::{Duration, Instant};
 use whimbrel_lab::guest::{Ack, DiskSpec, Line, Outcome, Params, cache_dir, verify};
-use whimbrel_workload::params::Pace;
+use whimbrel_workload::params::{Pace, RamAccess, RamMode};
 use whimbrel_workload::report::Workload;
 
 fn is_start(line: &Line) -> bool {
@@ -43,6 +43,7 @@ fn a_guest_works_and_leaves_a_disk_that_verifies() {
         println!("{}", line.to_json());
     }
 
+    assert_eq!(guest.echo(b"are you there"), b"are you there");
     let mut control = guest.control();
     control.pause().expect("paused");
     let status = control.status().expect("status");
@@ -61,6 +62,7 @@ fn a_guest_works_and_leaves_a_disk_that_verifies() {
     let totals = outcome.totals;
     assert!(totals.ram_pages > 0 && totals.ram_checks > 0 && totals.log_records > 0);
     assert!(totals.random_writes > 0 && totals.random_checks > 0 && totals.files_read > 0);
+    assert_eq!(totals.echoes, 1);
     let on_console: Vec<Line> = guest.console().lines().filter_map(Line::find).collect();
     assert!(on_console.iter().any(is_start) && on_console.iter().any(is_report));
     assert_eq!(on_console.last(), Some(&Line::Result(outcome.clone())));
@@ -81,6 +83,9 @@ fn what_was_acknowledged_is_there_after_a_power_cut_and_the_guest_goes_on_from_i
     let image = dir.path().join("disk.raw");
     disk.copy_to(&image).expect("copied");
     let mut params = small_params();
+    params.ram.mode = RamMode::Word;
+    params.ram.access = RamAccess::Zipf;
+    params.ram.region_mib = 32;
     params.log.max_mib = 1;
     params.log.record_bytes = 512;
     params.log.pace = Pace::Max;

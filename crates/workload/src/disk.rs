@@ -355,3 +355,7 @@ pub fn run_random(mut random: Random, shared: &Shared, reporter: &Reporter) {
         Err(error) => failed(Operation::Sync, &error),
     }
 }
+
+#[cfg(test)]
+#[path = "disk_tests.rs"]
+mod tests;

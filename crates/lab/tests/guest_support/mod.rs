@@ -37,6 +37,7 @@ pub struct Guest {
     console: PathBuf,
     reports: UdpSocket,
     control: u16,
+    echo: u16,
     started: Instant,
     /// The highest numbers heard.
     pub acknowledged: Ack,
@@ -52,13 +53,18 @@ impl Guest {
         let free = TcpListener::bind("127.0.0.1:0").expect("a port");
         let control = free.local_addr().expect("bound").port();
         drop(free);
+        let free = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let echo = free.local_addr().expect("bound").port();
+        drop(free);
         // QEMU's user network: the guest is .15, this machine's loopback is .2.
         let net = Params::parse("wl.ip=10.0.2.15/24 wl.gw=10.0.2.2 wl.client=10.0.2.2");
         let net = net.expect("valid");
         (params.ip, params.gateway, params.client) = (net.ip, net.gateway, net.client);
         params.client_port = reports.local_addr().expect("bound").port();
         let console = dir.join("console");
-        let forward = format!("user,id=n0,hostfwd=tcp:127.0.0.1:{control}-:7008");
+        let forward = format!(
+            "user,id=n0,hostfwd=tcp:127.0.0.1:{control}-:7008,hostfwd=udp:127.0.0.1:{echo}-:7"
+        );
         let drive = format!(
             "file={},format=raw,if=none,id=d0,cache=writeback",
             image.display()
@@ -78,6 +84,7 @@ impl Guest {
             console,
             reports,
             control,
+            echo,
             started: Instant::now(),
             acknowledged: Ack::default(),
         }
@@ -119,6 +126,19 @@ impl Guest {
     pub fn control(&self) -> Control {
         let address = ("127.0.0.1", self.control);
         Control::connect(address, Duration::from_secs(60)).expect("the guest answers")
+    }
+
+    /// What the guest's echo answers.
+    pub fn echo(&self, datagram: &[u8]) -> Vec<u8> {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let patience = Some(Duration::from_secs(20));
+        socket.set_read_timeout(patience).expect("a timeout");
+        let guest = ("127.0.0.1", self.echo);
+        socket.send_to(datagram, guest).expect("sent");
+        let mut answer = vec![0; 2048];
+        let len = socket.recv(&mut answer).expect("an answer");
+        answer.truncate(len);
+        answer
     }
 
     pub fn console(&self) -> String {
