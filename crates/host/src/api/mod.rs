@@ -1,15 +1,15 @@
 //! The API by which the command, and anything else on this host, talks to the daemon: JSON over HTTP/1.1
 //! over a unix socket that only its owner may open.
 
-mod error;
+pub mod error;
 #[cfg(any(test, feature = "fake-service"))]
 pub mod fake;
-mod router;
-mod server;
-mod service;
-mod socket;
+pub mod router;
+pub mod server;
+pub mod service;
+pub mod socket;
 mod stream;
-mod types;
+pub mod types;
 
 #[cfg(test)]
 mod tests;

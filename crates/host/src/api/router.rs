@@ -189,6 +189,16 @@ async fn create_volume<S: Service>(
     State(s): Of<S>,
     Said(request): Said<CreateVolume>,
 ) -> Answer<VolumeView> {
+    let sector = whimbrel_engine::space::SECTOR;
+    if request.size.0 == 0 || request.size.0 % sector != 0 {
+        let next = (request.size.0 / sector).max(1) * sector;
+        return Err(ApiError::new(
+            ErrorCode::Invalid,
+            format!("a volume of {} cannot be: sizes are whole sectors of {sector} bytes", request.size),
+        )
+        .machine_state("nothing was changed")
+        .next_step(format!("ask for {}, say", crate::state::ByteSize(next))));
+    }
     s.service.create_volume(request).await.map(json)
 }
 

@@ -399,6 +399,15 @@ pub struct MigrationReport {
     pub drain_ms: Option<f64>,
     pub units_live: u64,
     pub units_sent: u64,
+    /// Units sent more than once, because a broken connection had lost them.
+    #[serde(default)]
+    pub units_sent_again: u64,
+    /// Units not sent, because the guest wrote or discarded them at the destination first.
+    #[serde(default)]
+    pub units_forgotten: u64,
+    /// Units that arrived though they were there already.
+    #[serde(default)]
+    pub late_copies: u64,
     pub sent: SentBytes,
     pub demands: DemandStats,
     /// Time without a link, altogether.
