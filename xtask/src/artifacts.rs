@@ -1,11 +1,9 @@
 //! The programs that end-to-end tests, demo and benchmarks start, and the environment that tells where they are.
 //!
-//! The guests' workload is process 1 of a guest without any library, so it is linked statically. Only its last step
-//! differs from an ordinary build (`cargo rustc ... -- -C target-feature=+crt-static`), so that everything below it
-//! is built once; and as an ordinary build of the workspace writes a dynamic program to the same place, the static
-//! one is copied out of its way.
+//! The guests' workload runs where no library is, so it is linked statically. That takes compiler flags, and flags
+//! are part of what cargo decides by whether to build anew: so it is built in a folder of its own, where the laboratory
+//! looks for it too. It is a release build even for tests, because guests without KVM are slow as it is.
 
-use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -18,7 +16,10 @@ use crate::workspace::Workspace;
 
 const WHIMBREL: (&str, &str) = ("whimbrel-cli", "whimbrel");
 const LAB: (&str, &str) = ("whimbrel-lab", "whimbrel-lab");
-const WORKLOAD: (&str, &str) = ("whimbrel-workload", "whimbrel-workload");
+const WORKLOAD: &str = "whimbrel-workload";
+
+/// What runs inside the guests is built for; named, so that the flags are not used for build scripts as well.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -55,15 +56,12 @@ impl Artifacts {
 
 /// Builds `whimbrel` and the guests' workload.
 pub fn build(workspace: &Workspace, profile: Profile) -> Result<Artifacts, Error> {
-    // The workload first: the ordinary build after it leaves cargo's own folder as any other command expects it.
-    let workload = build_workload(workspace, profile)?;
     let mut variables = vec![
         ("WHIMBREL_BIN", build_program(workspace, profile, WHIMBREL)?),
-        ("WHIMBREL_WORKLOAD", workload),
+        ("WHIMBREL_WORKLOAD", build_workload(workspace)?),
     ];
     if let Some(kernel) = kernel::find(workspace) {
-        variables.push(("WHIMBREL_KERNEL", kernel.image));
-        variables.push(("WHIMBREL_MODULES", kernel.modules));
+        variables.push(("WHIMBREL_KERNEL", kernel));
     }
     Ok(Artifacts { variables })
 }
@@ -93,25 +91,24 @@ fn build_program(
     Ok(workspace.target().join(profile.folder()).join(name))
 }
 
-fn build_workload(workspace: &Workspace, profile: Profile) -> Result<PathBuf, Error> {
-    let (package, name) = WORKLOAD;
+fn build_workload(workspace: &Workspace) -> Result<PathBuf, Error> {
+    let target = workspace.target().join("guest");
     let mut cargo = workspace.cargo();
+    cargo.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        WORKLOAD,
+        "--target",
+        GUEST_TARGET,
+        "--target-dir",
+    ]);
     cargo
-        .args(["rustc", "--quiet", "--package", package, "--bin", name])
-        .args(profile.args());
-    cargo.args(["--", "-C", "target-feature=+crt-static"]);
+        .arg(&target)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    cargo.env_remove("CARGO_ENCODED_RUSTFLAGS");
     process::run(&mut cargo)?;
-    let built = workspace.target().join(profile.folder()).join(name);
-    let folder = workspace.target().join("lab").join(profile.folder());
-    let kept = folder.join(name);
-    // A running guest's builder may have the old one open: a new file takes its place in one step.
-    let fresh = folder.join(format!("{name}.new"));
-    fs::create_dir_all(&folder)
-        .and_then(|()| fs::copy(&built, &fresh))
-        .and_then(|_| fs::rename(&fresh, &kept))
-        .map_err(|cause| Error::File {
-            path: kept.clone(),
-            cause,
-        })?;
-    Ok(kept)
+    Ok(target.join(GUEST_TARGET).join("release").join(WORKLOAD))
 }

@@ -51,8 +51,8 @@ impl fmt::Display for Error {
             ),
             Error::Kernel { why } => write!(
                 f,
-                "{why}\nThe guests need a kernel: install Debian's linux-image-cloud-amd64, or set WHIMBREL_KERNEL to a \
-                 kernel image and WHIMBREL_MODULES to its folder of modules (/lib/modules/VERSION)."
+                "{why}\nThe guests need a kernel: install Debian's linux-image-cloud-amd64, or set WHIMBREL_KERNEL to an image \
+                 X/boot/vmlinuz-VERSION whose modules are in X/lib/modules/VERSION."
             ),
             Error::CargoDeny { cause } => write!(
                 f,

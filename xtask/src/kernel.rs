@@ -20,25 +20,18 @@ use crate::workspace::{Workspace, list};
 
 const PACKAGE: &str = "linux-image-cloud-amd64";
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Kernel {
-    /// The kernel image.
-    pub image: PathBuf,
-    /// Its modules: a folder named after the kernel's version.
-    pub modules: PathBuf,
-}
-
-/// The kernel the guests use: the one the environment names, else an installed one, else the one that was fetched.
-pub fn find(workspace: &Workspace) -> Option<Kernel> {
-    let named = |name| std::env::var_os(name).map(PathBuf::from);
-    if let (Some(image), Some(modules)) = (named("WHIMBREL_KERNEL"), named("WHIMBREL_MODULES")) {
-        return Some(Kernel { image, modules });
-    }
-    below(Path::new("/")).or_else(|| below(&fetched(workspace)))
+/// The image of the kernel the guests use: the one that `WHIMBREL_KERNEL` names, else an installed one, else the one
+/// that was fetched. Its modules are where an installation puts them: those of `X/boot/vmlinuz-VERSION` are in
+/// `X/lib/modules/VERSION`.
+pub fn find(workspace: &Workspace) -> Option<PathBuf> {
+    std::env::var_os("WHIMBREL_KERNEL")
+        .map(PathBuf::from)
+        .or_else(|| below(Path::new("/")))
+        .or_else(|| below(&fetched(workspace)))
 }
 
 /// Downloads and unpacks the kernel.
-pub fn fetch(workspace: &Workspace) -> Result<Kernel, Error> {
+pub fn fetch(workspace: &Workspace) -> Result<PathBuf, Error> {
     let folder = fetched(workspace);
     println!(
         "This machine lacks a cloud kernel for the guests; its package is unpacked into {} (nothing is installed)",
@@ -132,18 +125,20 @@ fn fetched(workspace: &Workspace) -> PathBuf {
 }
 
 /// The newest cloud kernel below `root` that has its modules, loadable as they are.
-fn below(root: &Path) -> Option<Kernel> {
-    let mut kernels: Vec<Kernel> = list(&root.join("boot"))
+fn below(root: &Path) -> Option<PathBuf> {
+    let mut kernels: Vec<PathBuf> = list(&root.join("boot"))
         .ok()?
         .into_iter()
-        .filter_map(|image| {
-            let version = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?;
-            let modules = root.join("lib/modules").join(version);
-            (version.ends_with("-cloud-amd64") && has_plain_modules(&modules))
-                .then_some(Kernel { image, modules })
+        .filter(|image| {
+            image
+                .file_name()
+                .and_then(OsStr::to_str)
+                .and_then(|name| name.strip_prefix("vmlinuz-"))
+                .filter(|version| version.ends_with("-cloud-amd64"))
+                .is_some_and(|version| has_plain_modules(&root.join("lib/modules").join(version)))
         })
         .collect();
-    kernels.sort_by_key(|kernel| numbers(&kernel.image));
+    kernels.sort_by_key(|image| numbers(image));
     kernels.pop()
 }
 
@@ -209,14 +204,9 @@ mod tests {
         add("6.1.0-57-cloud-amd64", None);
         add("6.1.0-58-cloud-amd64", Some("virtio_blk.ko.xz"));
         add("6.1.0-59-amd64", Some("virtio_blk.ko"));
-        let kernel = below(&root).unwrap();
-        assert!(
-            kernel.image.ends_with("vmlinuz-6.1.0-56-cloud-amd64"),
-            "{kernel:?}"
-        );
-        assert!(
-            kernel.modules.ends_with("6.1.0-56-cloud-amd64"),
-            "{kernel:?}"
+        assert_eq!(
+            below(&root),
+            Some(root.join("boot/vmlinuz-6.1.0-56-cloud-amd64"))
         );
         fs::remove_dir_all(&root).unwrap();
     }

@@ -133,7 +133,9 @@ pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
             .args(["doc", "--quiet", "--workspace", "--no-deps"])
             .env("RUSTDOCFLAGS", "-D warnings"),
         Step::Doctests => cargo.args(["test", "--quiet", "--workspace", "--doc"]),
-        Step::Tests => unreachable!("tests are run by run_tests"),
+        Step::Tests => {
+            unreachable!("the caller keeps the tests for run_tests, which takes more arguments")
+        }
     };
     process::run(&mut cargo)
 }
@@ -151,6 +153,7 @@ pub fn run_tests(
             .args(nextest_selection(selection));
     } else {
         // Cargo runs one test program after the other, so guests do not meet; within one they must not either.
+        // It cannot leave test programs out by name: the quick run does without all that stand apart from their crate.
         cargo.args(["test", "--workspace", "--no-fail-fast", "--lib", "--bins"]);
         if !selection.quick {
             cargo.arg("--tests");
