@@ -43,8 +43,9 @@ use crate::limits::Limits;
 use crate::replies::Replies;
 use crate::request::{Command, HEADER, Refusal, Request, StreamLost, Verdict, validate};
 
-/// Replies worth a write of their own: more than this is not gathered while the socket takes it.
-const BATCH: usize = 256 << 10;
+/// Replies worth a write of their own: more are not gathered while the socket takes them, so that the
+/// client works on these while the next are made. Smaller costs system calls, larger costs overlap.
+const BATCH: usize = 64 << 10;
 /// A payload of which so much is missing is read straight into its own buffer.
 const DIRECT: usize = 32 << 10;
 /// What is read ahead after such a payload: its sender will send more of them, and what the inbox

@@ -4,8 +4,9 @@
 #[allow(dead_code)]
 mod memory;
 
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
 use memory::{Memory, Shelf};
@@ -22,6 +23,7 @@ const MIB: u64 = 1 << 20;
 struct Fixture {
     dir: TempDir,
     runtime: Runtime,
+    directory: Arc<Shelf<Memory>>,
     serving: JoinHandle<()>,
     shutdown: CancellationToken,
 }
@@ -30,7 +32,6 @@ impl Fixture {
     fn new(size: u64) -> Self {
         let dir = TempDir::new().unwrap();
         let runtime = Runtime::new().unwrap();
-        let shutdown = CancellationToken::new();
         let read_only = ExportInfo {
             read_only: true,
             ..ExportInfo::new(MIB)
@@ -40,19 +41,23 @@ impl Fixture {
             ("plain", Memory::with(ExportInfo::new(size))),
             ("ro", Memory::with(read_only)),
         ]);
-        let path = dir.path().join("nbd");
-        let stop = shutdown.clone();
-        let listener = {
-            let _context = runtime.enter();
-            UnixListener::bind(path).unwrap()
-        };
-        let serving = runtime.spawn(serve(directory, listener, stop));
+        let (serving, shutdown) = listen(&runtime, &dir.path().join("nbd"), directory.clone());
         Fixture {
             dir,
             runtime,
+            directory,
             serving,
             shutdown,
         }
+    }
+
+    /// Shuts the server down in order and starts another, which has the same exports.
+    fn restart(&mut self) {
+        self.shutdown.cancel();
+        self.runtime.block_on(&mut self.serving).unwrap();
+        let path = self.path("nbd");
+        std::fs::remove_file(&path).unwrap();
+        (self.serving, self.shutdown) = listen(&self.runtime, &path, self.directory.clone());
     }
 
     fn uri(&self, export: &str) -> String {
@@ -93,10 +98,20 @@ impl Drop for Fixture {
     }
 }
 
-async fn serve(directory: Arc<Shelf<Memory>>, listener: UnixListener, stop: CancellationToken) {
-    Server::new(directory, Limits::default())
-        .serve_unix(listener, stop)
-        .await;
+fn listen(
+    runtime: &Runtime,
+    path: &Path,
+    directory: Arc<Shelf<Memory>>,
+) -> (JoinHandle<()>, CancellationToken) {
+    let _context = runtime.enter();
+    let listener = UnixListener::bind(path).unwrap();
+    let shutdown = CancellationToken::new();
+    let stop = shutdown.clone();
+    let serving = runtime.spawn(async move {
+        let server = Server::new(directory, Limits::default());
+        server.serve_unix(listener, stop).await;
+    });
+    (serving, shutdown)
 }
 
 /// A tool to be run. nbdsh takes the first python3 it finds, and libnbd's module is that of the system.
@@ -315,6 +330,48 @@ fn qemu_io_writes_zeroes_discards_and_flushes() {
     }
     let write = ["-f", "raw", "-c", "write 0 512", &fixture.uri("ro")];
     assert!(!fixture.try_run("qemu-io", &write).status.success());
+}
+
+#[test]
+fn qemu_reconnects_to_a_restarted_server_and_sees_no_error() {
+    if !have("qemu-io") {
+        return;
+    }
+    let mut fixture = Fixture::new(16 * MIB);
+    let options = format!(
+        "driver=nbd,server.type=unix,server.path={},export=disk,reconnect-delay=60",
+        fixture.path("nbd").display()
+    );
+    let mut qemu = command("qemu-io")
+        .args(["--image-opts", &options])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut say = qemu.stdin.take().unwrap();
+    let mut lines = BufReader::new(qemu.stdout.take().unwrap()).lines();
+    let mut hear = |word: &str| {
+        for line in lines.by_ref() {
+            let line = line.unwrap();
+            assert!(
+                !line.contains("failed") && !line.contains("error"),
+                "{line}"
+            );
+            if line.contains(word) {
+                return;
+            }
+        }
+        panic!("qemu-io ended without {word}");
+    };
+    for pattern in 1..6 {
+        writeln!(say, "write -P {pattern} 4k 64k").unwrap();
+        hear("wrote 65536");
+        fixture.restart();
+        writeln!(say, "read -P {pattern} 4k 64k").unwrap();
+        hear("read 65536");
+    }
+    writeln!(say, "quit").unwrap();
+    assert!(qemu.wait().unwrap().success());
 }
 
 #[test]
