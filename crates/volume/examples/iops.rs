@@ -25,7 +25,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = args.next().unwrap_or_else(|| "iops.img".to_owned());
     let depth: usize = args.next().map_or(Ok(32), |a| a.parse())?;
     let seconds: u64 = args.next().map_or(Ok(3), |a| a.parse())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let pool = Pool::start(PoolSize::default())?;
         let file = RawFile::create(&pool, &path, SIZE).await?;
@@ -62,7 +65,9 @@ async fn measure(
                 let mut state = seed + 1;
                 let data = Bytes::from(vec![1; size]);
                 while !stop.load(Ordering::Relaxed) {
-                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    state = state
+                        .wrapping_mul(6364136223846793005)
+                        .wrapping_add(1442695040888963407);
                     let offset = (state >> 20) % (SIZE / size as u64) * size as u64;
                     match load {
                         Load::Read4K | Load::Read256K => drop(file.read(offset, size).await?),

@@ -50,7 +50,10 @@ pub async fn digest(
         }
         units += run.len;
     }
-    Ok(Digest { hash: hasher.digest128(), units })
+    Ok(Digest {
+        hash: hasher.digest128(),
+        units,
+    })
 }
 
 fn add(volume: &Blocking, size: u64, part: Extent, hasher: &mut Xxh3) -> Result<(), VolumeError> {
@@ -97,7 +100,9 @@ fn zeroes(units: std::ops::Range<u64>, hasher: &mut Xxh3) {
 
 fn is_zero(bytes: &[u8]) -> bool {
     // In blocks, so that the compiler can use wide registers and a non-zero block still ends it early.
-    bytes.chunks(128).all(|block| block.iter().fold(0, |all, b| all | b) == 0)
+    bytes
+        .chunks(128)
+        .all(|block| block.iter().fold(0, |all, b| all | b) == 0)
 }
 
 #[cfg(test)]
@@ -111,7 +116,9 @@ mod tests {
 
     async fn volume(name: &str, dir: &tempfile::TempDir) -> RawFile {
         let pool = Pool::start(PoolSize::default()).unwrap();
-        RawFile::create(&pool, dir.path().join(name), SIZE).await.unwrap()
+        RawFile::create(&pool, dir.path().join(name), SIZE)
+            .await
+            .unwrap()
     }
 
     fn whole() -> (Extent, UnitSet) {
@@ -127,8 +134,13 @@ mod tests {
             v.write(5000, Bytes::from(vec![7; 3 << 20])).await.unwrap();
             v.write(SIZE - 1, Bytes::from_static(b"x")).await.unwrap();
         }
-        b.write(9 << 20, Bytes::from(vec![0; 5 << 20])).await.unwrap();
-        let keep = Zeroes { no_hole: true, fast_only: false };
+        b.write(9 << 20, Bytes::from(vec![0; 5 << 20]))
+            .await
+            .unwrap();
+        let keep = Zeroes {
+            no_hole: true,
+            fast_only: false,
+        };
         b.write_zeroes(15 << 20, 1 << 20, keep).await.unwrap();
         let (extent, all) = whole();
         let digest_a = digest(&a, extent, &all).await.unwrap();
@@ -144,7 +156,11 @@ mod tests {
         let empty = digest(&a, extent, &all).await.unwrap();
         for offset in [0, (8 << 20) - 1, 8 << 20, SIZE - 1] {
             b.write(offset, Bytes::from_static(b"x")).await.unwrap();
-            assert_ne!(digest(&b, extent, &all).await.unwrap(), empty, "at {offset}");
+            assert_ne!(
+                digest(&b, extent, &all).await.unwrap(),
+                empty,
+                "at {offset}"
+            );
             let mut others = all.clone();
             others.remove(Extent::touching(offset, 1));
             assert_eq!(

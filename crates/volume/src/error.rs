@@ -85,7 +85,10 @@ pub enum VolumeError {
     /// A sync failed before. The kernel then forgets the dirty pages it could not write and the
     /// *next* sync succeeds, so no later success may be believed until the file is opened afresh.
     #[error("an earlier sync of {} failed, so what was written before it may be lost: {first}", path.display())]
-    SyncLost { path: PathBuf, first: Arc<io::Error> },
+    SyncLost {
+        path: PathBuf,
+        first: Arc<io::Error>,
+    },
 
     /// The I/O pool was shut down, or a job on it panicked, before the answer came.
     #[error("the I/O pool stopped before the operation ended")]
@@ -159,9 +162,21 @@ impl VolumeError {
         );
         let source = Arc::new(source);
         if no_space {
-            VolumeError::NoSpace { path, op, offset, len, source }
+            VolumeError::NoSpace {
+                path,
+                op,
+                offset,
+                len,
+                source,
+            }
         } else {
-            VolumeError::Io { path, op, offset, len, source }
+            VolumeError::Io {
+                path,
+                op,
+                offset,
+                len,
+                source,
+            }
         }
     }
 

@@ -89,7 +89,9 @@ impl AccessLog {
             AccessKind::Write => &self.writes,
         };
         let (first, last) = (offset / HEAT_EXTENT, (offset + len - 1) / HEAT_EXTENT);
-        let Some(hit) = counters.get(first as usize..=last as usize) else { return };
+        let Some(hit) = counters.get(first as usize..=last as usize) else {
+            return;
+        };
         for counter in hit {
             // Load and store, not an exchange: a count lost in a race is no loss.
             let heat = counter.load(Ordering::Relaxed).saturating_add(WEIGHT);
@@ -114,7 +116,8 @@ impl AccessLog {
     }
 
     pub fn snapshot(&self) -> HeatSnapshot {
-        let copy = |counters: &[AtomicU16]| counters.iter().map(|c| c.load(Ordering::Relaxed)).collect();
+        let copy =
+            |counters: &[AtomicU16]| counters.iter().map(|c| c.load(Ordering::Relaxed)).collect();
         let next = self.next.load(Ordering::Relaxed);
         let len = self.ring.len() as u64;
         let recent = (next.saturating_sub(len)..next)
@@ -133,7 +136,11 @@ impl Slot {
         let word = self.access.load(Ordering::Acquire);
         (word & USED != 0).then(|| Access {
             at_ms: self.at_ms.load(Ordering::Relaxed),
-            kind: if word & WRITE != 0 { AccessKind::Write } else { AccessKind::Read },
+            kind: if word & WRITE != 0 {
+                AccessKind::Write
+            } else {
+                AccessKind::Read
+            },
             first_unit: word & ((1 << UNITS_AT) - 1),
             units: (word >> UNITS_AT & UNITS_MAX) as u16,
         })
@@ -148,14 +155,23 @@ mod tests {
     fn the_ring_keeps_the_latest_in_order() {
         let log = AccessLog::new(1 << 30, 4);
         for n in 0..6 {
-            let kind = if n % 2 == 0 { AccessKind::Read } else { AccessKind::Write };
+            let kind = if n % 2 == 0 {
+                AccessKind::Read
+            } else {
+                AccessKind::Write
+            };
             log.log(n, kind, u64::from(n) * 4096, 4097);
         }
         let recent = log.snapshot().recent;
         assert_eq!(recent.len(), 4);
         assert_eq!(
             recent[0],
-            Access { at_ms: 2, kind: AccessKind::Read, first_unit: 2, units: 2 }
+            Access {
+                at_ms: 2,
+                kind: AccessKind::Read,
+                first_unit: 2,
+                units: 2
+            }
         );
         assert_eq!(recent[3].kind, AccessKind::Write);
         assert_eq!(recent[3].first_unit, 5);

@@ -188,7 +188,12 @@ mod tests {
     use std::sync::mpsc;
 
     fn small() -> Pool {
-        Pool::start(PoolSize { quick_threads: 1, slow_threads: 1, bound: 2 }).unwrap()
+        Pool::start(PoolSize {
+            quick_threads: 1,
+            slow_threads: 1,
+            bound: 2,
+        })
+        .unwrap()
     }
 
     #[tokio::test]
@@ -246,9 +251,13 @@ mod tests {
                 .await
             }
         });
-        tokio::task::spawn_blocking(move || seen.recv().unwrap()).await.unwrap();
+        tokio::task::spawn_blocking(move || seen.recv().unwrap())
+            .await
+            .unwrap();
         caller.abort();
         open.send(()).unwrap();
-        tokio::task::spawn_blocking(move || end.recv().unwrap()).await.unwrap();
+        tokio::task::spawn_blocking(move || end.recv().unwrap())
+            .await
+            .unwrap();
     }
 }

@@ -5,7 +5,9 @@
 //! the page cache can answer is done on the caller's thread (`preadv2` with `RWF_NOWAIT` fails with
 //! `EAGAIN` rather than wait for a disk); all else goes to the [pool](crate::pool), so that a slow or dead
 //! disk stalls its own requests and never the runtime. Writes try the same where the file system can
-//! (XFS, btrfs; ext4 refuses, and is not asked again).
+//! (XFS, btrfs; ext4 refuses, and is not asked again). Writes that go to the pool are done by one of its
+//! threads at a time per volume: a file system lets only one writer into a file anyway, and eight threads
+//! queueing for its lock were measured to cost more than the writing.
 //!
 //! # Traps
 //! - Requests in flight together are not ordered. As on a disk, whoever needs an order awaits the first.
@@ -20,11 +22,12 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::journal::DataSync;
 use crate::pool::{Lane, Pool};
@@ -45,6 +48,9 @@ const PREFETCH: u64 = 32 << 20;
 
 /// Runs a single [`data_extents`](RawFile::data_extents) answers at most.
 const EXTENTS: usize = 65_536;
+
+/// Writes of one volume waiting for the pool at most; past it, callers wait for room.
+const WRITES: usize = 256;
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +93,25 @@ struct Inner {
     nowait_write: AtomicBool,
     punch: AtomicBool,
     zero_range: AtomicBool,
+    writes: Mutex<Writes>,
+    write_room: Arc<Semaphore>,
     sync_failed: Mutex<Option<Arc<io::Error>>>,
+}
+
+/// Writes on their way to the pool.
+#[derive(Default)]
+struct Writes {
+    waiting: Vec<WaitingWrite>,
+    /// A pool thread is at it, or about to be.
+    draining: bool,
+}
+
+struct WaitingWrite {
+    offset: u64,
+    bytes: Bytes,
+    done: oneshot::Sender<Result<()>>,
+    /// Held until the write is done, even if its caller has gone.
+    _room: OwnedSemaphorePermit,
 }
 
 impl RawFile {
@@ -100,7 +124,8 @@ impl RawFile {
                 .write(access == Access::ReadWrite)
                 .open(&path)
                 .map_err(|e| VolumeError::io(&path, Operation::Open, 0, 0, e))?;
-            let size = size_of(&file).map_err(|e| VolumeError::io(&path, Operation::Stat, 0, 0, e))?;
+            let size =
+                size_of(&file).map_err(|e| VolumeError::io(&path, Operation::Stat, 0, 0, e))?;
             Ok(Inner::new(file, path, size))
         };
         let inner = pool.run(Lane::Slow, open).await??;
@@ -122,7 +147,11 @@ impl RawFile {
             file.set_len(size).map_err(fail)?;
             file.sync_all().map_err(fail)?;
             if let Some(dir) = path.parent() {
-                let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+                let dir = if dir.as_os_str().is_empty() {
+                    Path::new(".")
+                } else {
+                    dir
+                };
                 File::open(dir).and_then(|d| d.sync_all()).map_err(fail)?;
             }
             Ok(Inner::new(file, path, size))
@@ -132,7 +161,11 @@ impl RawFile {
     }
 
     fn of(pool: &Pool, inner: Inner) -> RawFile {
-        RawFile { pool: pool.clone(), inner: Arc::new(inner), syncs: Arc::default() }
+        RawFile {
+            pool: pool.clone(),
+            inner: Arc::new(inner),
+            syncs: Arc::default(),
+        }
     }
 
     /// Bytes.
@@ -163,13 +196,16 @@ impl RawFile {
         }
         let inner = Arc::clone(&self.inner);
         self.pool
-            .run(Lane::Quick, move || inner.read_rest(offset, head, len).map(Bytes::from))
+            .run(Lane::Quick, move || {
+                inner.read_rest(offset, head, len).map(Bytes::from)
+            })
             .await?
     }
 
     /// Writes all the bytes into the page cache; [`sync`](Self::sync) makes them durable.
     pub async fn write(&self, offset: u64, bytes: Bytes) -> Result<()> {
-        self.inner.test(Operation::Write, offset, bytes.len() as u64)?;
+        self.inner
+            .test(Operation::Write, offset, bytes.len() as u64)?;
         let mut done = 0;
         if bytes.len() <= INLINE && self.inner.nowait_write.load(Ordering::Relaxed) {
             done = self.inner.write_nowait(offset, &bytes);
@@ -177,10 +213,26 @@ impl RawFile {
                 return Ok(());
             }
         }
-        let inner = Arc::clone(&self.inner);
-        self.pool
-            .run(Lane::Quick, move || inner.write_blocking(offset + done as u64, &bytes[done..]))
-            .await?
+        let room = Arc::clone(&self.inner.write_room).acquire_owned().await;
+        let (done_to, answered) = oneshot::channel();
+        self.queue_write(WaitingWrite {
+            offset: offset + done as u64,
+            bytes: bytes.slice(done..),
+            done: done_to,
+            _room: room.map_err(|_| VolumeError::PoolStopped)?,
+        });
+        answered.await.map_err(|_| VolumeError::PoolStopped)?
+    }
+
+    fn queue_write(&self, write: WaitingWrite) {
+        let mut writes = self.inner.writes();
+        writes.waiting.push(write);
+        if !std::mem::replace(&mut writes.draining, true) {
+            drop(writes);
+            let inner = Arc::clone(&self.inner);
+            self.pool
+                .hand_over(Lane::Quick, move || inner.drain_writes());
+        }
     }
 
     /// Makes the range read as zeroes: a hole, or allocated zeroes where `no_hole` is set, if need be by
@@ -189,8 +241,16 @@ impl RawFile {
         self.inner.test(Operation::WriteZeroes, offset, len)?;
         let inner = Arc::clone(&self.inner);
         // A lane for what may take long: where zeroes must be written, this can be gigabytes.
-        let lane = if len <= 32 << 20 { Lane::Quick } else { Lane::Slow };
-        self.pool.run(lane, move || inner.zero(Operation::WriteZeroes, offset, len, how)).await?
+        let lane = if len <= 32 << 20 {
+            Lane::Quick
+        } else {
+            Lane::Slow
+        };
+        self.pool
+            .run(lane, move || {
+                inner.zero(Operation::WriteZeroes, offset, len, how)
+            })
+            .await?
     }
 
     /// Gives the range's room back; it reads as zeroes. Zeroes are written where the file system cannot
@@ -198,9 +258,17 @@ impl RawFile {
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.inner.test(Operation::Discard, offset, len)?;
         let inner = Arc::clone(&self.inner);
-        let lane = if len <= 32 << 20 { Lane::Quick } else { Lane::Slow };
+        let lane = if len <= 32 << 20 {
+            Lane::Quick
+        } else {
+            Lane::Slow
+        };
         let how = Zeroes::default();
-        self.pool.run(lane, move || inner.zero(Operation::Discard, offset, len, how)).await?
+        self.pool
+            .run(lane, move || {
+                inner.zero(Operation::Discard, offset, len, how)
+            })
+            .await?
     }
 
     /// Makes everything written before the call durable. Concurrent callers share.
@@ -208,7 +276,9 @@ impl RawFile {
         self.syncs
             .once(async {
                 let inner = Arc::clone(&self.inner);
-                self.pool.run(Lane::Slow, move || inner.sync_blocking()).await?
+                self.pool
+                    .run(Lane::Slow, move || inner.sync_blocking())
+                    .await?
             })
             .await
     }
@@ -219,7 +289,9 @@ impl RawFile {
     pub async fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
         self.inner.test(Operation::FindData, offset, len)?;
         let inner = Arc::clone(&self.inner);
-        self.pool.run(Lane::Quick, move || inner.data_extents(offset, len)).await?
+        self.pool
+            .run(Lane::Quick, move || inner.data_extents(offset, len))
+            .await?
     }
 
     /// Bytes the file takes on its file system (a block device: 0).
@@ -292,7 +364,32 @@ impl Inner {
             nowait_write: AtomicBool::new(true),
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
+            writes: Mutex::default(),
+            write_room: Arc::new(Semaphore::new(WRITES)),
             sync_failed: Mutex::new(None),
+        }
+    }
+
+    fn writes(&self) -> MutexGuard<'_, Writes> {
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// On a pool thread: does writes until none waits.
+    fn drain_writes(&self) {
+        loop {
+            let mut writes = self.writes();
+            let batch = std::mem::take(&mut writes.waiting);
+            if batch.is_empty() {
+                writes.draining = false;
+                return;
+            }
+            drop(writes);
+            for write in batch {
+                // Nobody may be waiting any more; written is written.
+                let _ = write
+                    .done
+                    .send(self.write_blocking(write.offset, &write.bytes));
+            }
         }
     }
 
@@ -327,7 +424,12 @@ impl Inner {
     }
 
     fn write_nowait(&self, offset: u64, bytes: &[u8]) -> usize {
-        match rustix::io::pwritev2(&self.file, &[IoSlice::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
+        match rustix::io::pwritev2(
+            &self.file,
+            &[IoSlice::new(bytes)],
+            offset,
+            ReadWriteFlags::NOWAIT,
+        ) {
             Ok(done) => done,
             Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS) => {
                 self.nowait_write.store(false, Ordering::Relaxed);
@@ -395,7 +497,9 @@ impl Inner {
             }
         }
         if how.fast_only {
-            return Err(VolumeError::NotFast { path: self.path.clone() });
+            return Err(VolumeError::NotFast {
+                path: self.path.clone(),
+            });
         }
         let zeroes = vec![0; ZEROES.min(len as usize)];
         let mut at = offset;
@@ -419,9 +523,15 @@ impl Inner {
     }
 
     fn sync_blocking(&self) -> Result<()> {
-        let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = self
+            .sync_failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(first) = &*failed {
-            return Err(VolumeError::SyncLost { path: self.path.clone(), first: Arc::clone(first) });
+            return Err(VolumeError::SyncLost {
+                path: self.path.clone(),
+                first: Arc::clone(first),
+            });
         }
         self.file.sync_data().map_err(|e| {
             let copy = match e.raw_os_error() {
@@ -446,7 +556,11 @@ impl Inner {
             for (to, data) in [(data_at, false), (data_end, true)] {
                 let to = to.min(end);
                 if to > at {
-                    runs.push(DataExtent { offset: at, len: to - at, data });
+                    runs.push(DataExtent {
+                        offset: at,
+                        len: to - at,
+                        data,
+                    });
                     at = to;
                 }
             }
@@ -479,24 +593,43 @@ mod tests {
     async fn fresh(size: u64) -> (tempfile::TempDir, RawFile) {
         let dir = tempfile::tempdir().unwrap();
         let pool = Pool::start(PoolSize::default()).unwrap();
-        let file = RawFile::create(&pool, dir.path().join("disk"), size).await.unwrap();
+        let file = RawFile::create(&pool, dir.path().join("disk"), size)
+            .await
+            .unwrap();
         (dir, file)
     }
 
     #[tokio::test]
     async fn what_is_written_is_read_back_and_found_as_data() {
         let (_dir, file) = fresh(10 * MIB + 512).await;
-        file.write(3 * MIB, Bytes::from(vec![7; MIB as usize])).await.unwrap();
+        file.write(3 * MIB, Bytes::from(vec![7; MIB as usize]))
+            .await
+            .unwrap();
         file.sync().await.unwrap();
         assert_eq!(file.read(3 * MIB - 1, 3).await.unwrap()[..], [0, 7, 7]);
-        assert_eq!(file.read(3 * MIB, MIB as usize).await.unwrap(), vec![7; MIB as usize]);
+        assert_eq!(
+            file.read(3 * MIB, MIB as usize).await.unwrap(),
+            vec![7; MIB as usize]
+        );
         assert_eq!(file.read(10 * MIB, 512).await.unwrap(), vec![0; 512]);
         assert_eq!(
             file.data_extents(0, file.size()).await.unwrap(),
             [
-                DataExtent { offset: 0, len: 3 * MIB, data: false },
-                DataExtent { offset: 3 * MIB, len: MIB, data: true },
-                DataExtent { offset: 4 * MIB, len: 6 * MIB + 512, data: false },
+                DataExtent {
+                    offset: 0,
+                    len: 3 * MIB,
+                    data: false
+                },
+                DataExtent {
+                    offset: 3 * MIB,
+                    len: MIB,
+                    data: true
+                },
+                DataExtent {
+                    offset: 4 * MIB,
+                    len: 6 * MIB + 512,
+                    data: false
+                },
             ]
         );
         assert_eq!(file.allocated().await.unwrap(), MIB);
@@ -506,23 +639,36 @@ mod tests {
     #[tokio::test]
     async fn a_discard_gives_room_back_and_no_hole_keeps_it() {
         let (_dir, file) = fresh(4 * MIB).await;
-        file.write(0, Bytes::from(vec![7; 4 * MIB as usize])).await.unwrap();
+        file.write(0, Bytes::from(vec![7; 4 * MIB as usize]))
+            .await
+            .unwrap();
         file.discard(MIB, MIB).await.unwrap();
         assert_eq!(file.allocated().await.unwrap(), 3 * MIB);
-        let keep = Zeroes { no_hole: true, fast_only: false };
+        let keep = Zeroes {
+            no_hole: true,
+            fast_only: false,
+        };
         file.write_zeroes(2 * MIB, MIB, keep).await.unwrap();
         assert_eq!(file.allocated().await.unwrap(), 3 * MIB);
-        assert_eq!(file.read(MIB, 2 * MIB as usize).await.unwrap(), vec![0; 2 * MIB as usize]);
+        assert_eq!(
+            file.read(MIB, 2 * MIB as usize).await.unwrap(),
+            vec![0; 2 * MIB as usize]
+        );
         assert_eq!(file.size(), 4 * MIB);
     }
 
     #[tokio::test]
     async fn where_nothing_can_be_punched_zeroes_are_written() {
         let (_dir, file) = fresh(4 * MIB).await;
-        file.write(0, Bytes::from(vec![7; 4 * MIB as usize])).await.unwrap();
+        file.write(0, Bytes::from(vec![7; 4 * MIB as usize]))
+            .await
+            .unwrap();
         file.inner.punch.store(false, Ordering::Relaxed);
         file.inner.zero_range.store(false, Ordering::Relaxed);
-        let fast = Zeroes { no_hole: false, fast_only: true };
+        let fast = Zeroes {
+            no_hole: false,
+            fast_only: true,
+        };
         let refused = file.write_zeroes(0, MIB, fast).await;
         assert!(matches!(refused, Err(VolumeError::NotFast { .. })));
         file.discard(100, 3 * MIB).await.unwrap();
@@ -537,7 +683,10 @@ mod tests {
         let (_dir, file) = fresh(8192).await;
         for (offset, len) in [(8192, 1), (8191, 2), (u64::MAX, 1)] {
             let read = file.read(offset, len).await;
-            assert!(matches!(read, Err(VolumeError::OutOfRange { size: 8192, .. })), "{offset}");
+            assert!(
+                matches!(read, Err(VolumeError::OutOfRange { size: 8192, .. })),
+                "{offset}"
+            );
         }
         assert!(file.write(8000, Bytes::from(vec![0; 193])).await.is_err());
         assert_eq!(file.read(8192, 0).await.unwrap().len(), 0);
@@ -556,7 +705,10 @@ mod tests {
             MIB,
         );
         let file = RawFile::of(&pool, full);
-        let error = file.write(4096, Bytes::from_static(b"x")).await.unwrap_err();
+        let error = file
+            .write(4096, Bytes::from_static(b"x"))
+            .await
+            .unwrap_err();
         assert!(error.is_no_space());
         assert!(error.to_string().contains("1 bytes at 4096"), "{error}");
     }
@@ -564,7 +716,10 @@ mod tests {
     #[tokio::test]
     async fn a_file_cut_short_behind_our_back_is_an_error_not_zeroes() {
         let (dir, file) = fresh(MIB).await;
-        let other = OpenOptions::new().write(true).open(dir.path().join("disk")).unwrap();
+        let other = OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("disk"))
+            .unwrap();
         other.set_len(4096).unwrap();
         assert!(file.read(0, 8192).await.is_err());
         assert_eq!(file.read(0, 4096).await.unwrap().len(), 4096);
@@ -574,8 +729,14 @@ mod tests {
     async fn after_one_failed_sync_none_succeeds() {
         let (_dir, file) = fresh(MIB).await;
         *file.inner.sync_failed.lock().unwrap() = Some(Arc::new(io::Error::other("gone")));
-        assert!(matches!(file.sync().await, Err(VolumeError::SyncLost { .. })));
-        assert!(matches!(file.sync().await, Err(VolumeError::SyncLost { .. })));
+        assert!(matches!(
+            file.sync().await,
+            Err(VolumeError::SyncLost { .. })
+        ));
+        assert!(matches!(
+            file.sync().await,
+            Err(VolumeError::SyncLost { .. })
+        ));
     }
 
     #[derive(Clone, Debug)]

@@ -36,7 +36,12 @@ struct Log {
 
 impl Log {
     fn new(header: LogHeader) -> Self {
-        Log { header, used: 0, settled: 0, broken: None }
+        Log {
+            header,
+            used: 0,
+            settled: 0,
+            broken: None,
+        }
     }
 }
 
@@ -63,6 +68,7 @@ pub(super) struct Book<S> {
     /// Logs found at the start.
     pub logs_behind: u64,
     poisoned: Option<VolumeError>,
+    /// Complete, or closed: nothing is recorded any more.
     retired: bool,
 }
 
@@ -99,7 +105,9 @@ impl<S: Store> Book<S> {
     pub fn create(store: Arc<S>, identity: VolumeIdentity, limits: Limits) -> Result<Self> {
         let names = store.list()?;
         if names.iter().any(|n| super::is_ours(n) && !super::is_tmp(n)) {
-            return Err(VolumeError::JournalExists { dir: store.path("") });
+            return Err(VolumeError::JournalExists {
+                dir: store.path(""),
+            });
         }
         // The log first: a snapshot without its log would look like damage.
         let log = make_log(&*store, identity, limits, 1)?;
@@ -123,17 +131,37 @@ impl<S: Store> Book<S> {
 
     /// Goes on from what was recovered, in a new log: no byte of an old log is ever written again, so
     /// nothing that recovery did not believe can come to be believed later.
-    pub fn resume(store: Arc<S>, identity: VolumeIdentity, limits: Limits, start: Start) -> Result<Self> {
+    pub fn resume(
+        store: Arc<S>,
+        identity: VolumeIdentity,
+        limits: Limits,
+        start: Start,
+    ) -> Result<Self> {
         let log = if start.retired {
-            LogHeader { identity, boot: store.boot(), generation: 0, nonce: 0, slots: 0 }
+            LogHeader {
+                identity,
+                boot: store.boot(),
+                generation: 0,
+                nonce: 0,
+                slots: 0,
+            }
         } else {
             make_log(&*store, identity, limits, start.next_generation)?
         };
-        let start = Start { next_generation: start.next_generation + 1, ..start };
+        let start = Start {
+            next_generation: start.next_generation + 1,
+            ..start
+        };
         Ok(Book::with_log(store, identity, limits, log, start))
     }
 
-    fn with_log(store: Arc<S>, identity: VolumeIdentity, limits: Limits, header: LogHeader, start: Start) -> Self {
+    fn with_log(
+        store: Arc<S>,
+        identity: VolumeIdentity,
+        limits: Limits,
+        header: LogHeader,
+        start: Start,
+    ) -> Self {
         Book {
             store,
             identity,
@@ -159,7 +187,10 @@ impl<S: Store> Book<S> {
 
     /// Slots used, of those a change may use.
     pub fn fill(&self) -> (u32, u32) {
-        (self.log.used, self.log.header.slots - RESERVED.min(self.log.header.slots))
+        (
+            self.log.used,
+            self.log.header.slots - RESERVED.min(self.log.header.slots),
+        )
     }
 
     /// Appends as many of the changes as there is room for, in one write; returns how many those were.
@@ -219,12 +250,19 @@ impl<S: Store> Book<S> {
 
     /// Puts a new log in place of a broken one.
     fn mend(&mut self) -> Result<()> {
-        let Some(broken) = &self.log.broken else { return Ok(()) };
+        let Some(broken) = &self.log.broken else {
+            return Ok(());
+        };
         if self.making {
             // The fold's switch will mend it in a moment.
             return Err(broken.clone());
         }
-        let header = make_log(&*self.store, self.identity, self.limits, self.next_generation)?;
+        let header = make_log(
+            &*self.store,
+            self.identity,
+            self.limits,
+            self.next_generation,
+        )?;
         self.replace_log(header);
         Ok(())
     }
@@ -250,7 +288,10 @@ impl<S: Store> Book<S> {
             return Ok(None);
         }
         self.mend()?;
-        let entry = Entry::Barrier { covers, settled: self.log.settled };
+        let entry = Entry::Barrier {
+            covers,
+            settled: self.log.settled,
+        };
         let record = encode(entry, self.sequence(0), self.log.header.nonce);
         self.write_records(&record)?;
         Ok(Some(self.sealed(covers)))
@@ -275,7 +316,12 @@ impl<S: Store> Book<S> {
             generation,
             settled: self.log.used,
             closed: self.unsynced.clone(),
-            sync: self.unsynced.iter().chain([&generation]).map(|&g| log_name(g)).collect(),
+            sync: self
+                .unsynced
+                .iter()
+                .chain([&generation])
+                .map(|&g| log_name(g))
+                .collect(),
         }
     }
 
@@ -322,10 +368,20 @@ impl<S: Store> Book<S> {
     pub fn switch(&mut self, header: LogHeader) -> Fold {
         self.replace_log(header);
         self.making = false;
-        debug_assert!(self.frozen.is_none(), "an unfinished fold is finished first");
-        let frozen = Arc::new(std::mem::replace(&mut self.delta, Delta::empty(&self.identity)));
+        debug_assert!(
+            self.frozen.is_none(),
+            "an unfinished fold is finished first"
+        );
+        let frozen = Arc::new(std::mem::replace(
+            &mut self.delta,
+            Delta::empty(&self.identity),
+        ));
         self.frozen = Some((header.generation, Arc::clone(&frozen)));
-        Fold { generation: header.generation, base: self.base, frozen }
+        Fold {
+            generation: header.generation,
+            base: self.base,
+            frozen,
+        }
     }
 
     /// A fold that failed after its switch.
@@ -344,9 +400,19 @@ impl<S: Store> Book<S> {
         previous
     }
 
+    /// After a close: what is still scheduled does nothing, and others may open the journal.
+    pub fn shut(&mut self) -> Result<()> {
+        self.retired = true;
+        self.store.release()
+    }
+
     /// Everything is resident and durable: replaces the journal by a mark that says so.
     pub fn retire(&mut self) -> Result<()> {
-        let mark = LogHeader { generation: 0, slots: 0, ..self.log.header };
+        let mark = LogHeader {
+            generation: 0,
+            slots: 0,
+            ..self.log.header
+        };
         put(&*self.store, COMPLETE, |tmp| {
             self.store.write(tmp, 0, &mark.encode())?;
             Ok(())
@@ -365,7 +431,13 @@ impl Fold {
     /// Third step, without the book: the old snapshot with the frozen changes laid over it becomes the
     /// new one. Returns the number of resident units.
     pub fn write<S: Store>(&self, store: &S, identity: VolumeIdentity) -> Result<u64> {
-        write_snapshot(store, identity, Some(self.base), &self.frozen, self.generation)
+        write_snapshot(
+            store,
+            identity,
+            Some(self.base),
+            &self.frozen,
+            self.generation,
+        )
     }
 }
 

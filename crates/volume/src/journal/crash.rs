@@ -39,15 +39,25 @@ enum Op {
     Barrier,
     /// A fold's next step.
     Fold,
-    Crash { host: bool },
+    Crash {
+        host: bool,
+    },
     /// A crash within the n-th operation on the journal's files from here.
-    CrashIn { operations: u32, host: bool },
+    CrashIn {
+        operations: u32,
+        host: bool,
+    },
     FailNextWrite,
 }
 
 fn change() -> impl Strategy<Value = Change> {
     let units = IDENTITY.units();
-    let unit = prop_oneof![0..20u64, 500..530u64, BLOCK_UNITS - 10..BLOCK_UNITS + 10, units - 5..units];
+    let unit = prop_oneof![
+        0..20u64,
+        500..530u64,
+        BLOCK_UNITS - 10..BLOCK_UNITS + 10,
+        units - 5..units
+    ];
     let len = prop_oneof![4 => 1u64..4, 1 => Just(512u64), 1 => Just(1100u64)];
     let extent = (unit.clone(), len).prop_map(move |(s, l)| Extent::new(s, l.min(units - s)));
     prop_oneof![
@@ -98,32 +108,53 @@ impl Knowledge {
     }
 
     fn of(recovered: &Recovered) -> Self {
-        let mut knowledge = Knowledge { here: recovered.partial.clone(), ..Self::default() };
+        let mut knowledge = Knowledge {
+            here: recovered.partial.clone(),
+            ..Self::default()
+        };
         for run in recovered.resident.runs() {
             for unit in run.iter() {
                 knowledge.here.insert(unit, IDENTITY.all_sectors(unit));
             }
         }
-        knowledge.owned = recovered.guest_owned.runs().flat_map(|r| r.iter()).collect();
+        knowledge.owned = recovered
+            .guest_owned
+            .runs()
+            .flat_map(|r| r.iter())
+            .collect();
         knowledge
     }
 
     fn first_not_in(&self, other: &Knowledge) -> Option<String> {
-        let sector = self.here.iter().find(|&(unit, mask)| {
-            mask & !other.here.get(unit).copied().unwrap_or(0) != 0
-        });
+        let sector = self
+            .here
+            .iter()
+            .find(|&(unit, mask)| mask & !other.here.get(unit).copied().unwrap_or(0) != 0);
         if let Some((unit, mask)) = sector {
             return Some(format!("unit {unit} sectors {mask:#010b}"));
         }
-        self.owned.difference(&other.owned).next().map(|u| format!("owner of unit {u}"))
+        self.owned
+            .difference(&other.owned)
+            .next()
+            .map(|u| format!("owner of unit {u}"))
     }
 }
 
 enum BarrierStep {
     Idle,
-    Marked { mark: Sequence, data: Sectors, acked: Knowledge },
-    DataSynced { mark: Sequence, acked: Knowledge },
-    Sealed { sealed: Sealed, acked: Knowledge },
+    Marked {
+        mark: Sequence,
+        data: Sectors,
+        acked: Knowledge,
+    },
+    DataSynced {
+        mark: Sequence,
+        acked: Knowledge,
+    },
+    Sealed {
+        sealed: Sealed,
+        acked: Knowledge,
+    },
 }
 
 enum FoldStep {
@@ -271,7 +302,9 @@ impl World {
                 Ok(_) => FoldStep::Written(fold),
                 Err(_) => FoldStep::Idle,
             },
-            FoldStep::Written(fold) => FoldStep::Done { previous: self.book.folded(&fold) },
+            FoldStep::Written(fold) => FoldStep::Done {
+                previous: self.book.folded(&fold),
+            },
             FoldStep::Done { previous } => {
                 let _ = sweep(&*disk, previous);
                 FoldStep::Idle
@@ -316,9 +349,21 @@ impl World {
 
     fn judge(&mut self, recovered: &Recovered, host_died: bool) {
         let known = Knowledge::of(recovered);
-        assert_eq!(known.first_not_in(&self.present), None, "claimed, but not there");
-        let promised = if host_died { &self.flushed } else { &self.acked };
-        assert_eq!(promised.first_not_in(&known), None, "promised, but forgotten");
+        assert_eq!(
+            known.first_not_in(&self.present),
+            None,
+            "claimed, but not there"
+        );
+        let promised = if host_died {
+            &self.flushed
+        } else {
+            &self.acked
+        };
+        assert_eq!(
+            promised.first_not_in(&known),
+            None,
+            "promised, but forgotten"
+        );
         for unit in recovered.partial.keys() {
             assert!(!recovered.resident.contains(*unit));
         }
@@ -332,7 +377,9 @@ impl World {
 
 /// `PROPTEST_CASES`, or few enough for every build.
 fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|v| v.parse().ok());
+    let cases = std::env::var("PROPTEST_CASES")
+        .ok()
+        .and_then(|v| v.parse().ok());
     ProptestConfig::with_cases(cases.unwrap_or(500))
 }
 
@@ -429,7 +476,12 @@ fn damage_to_every_snapshot_is_an_error_that_says_where() {
         world.disk.damage(&name, 90);
     }
     let opened = recover::open(Arc::clone(&world.disk), IDENTITY, LIMITS);
-    let Err(VolumeError::JournalDamaged { offset: 64, fault: Fault::Checksum, .. }) = opened else {
+    let Err(VolumeError::JournalDamaged {
+        offset: 64,
+        fault: Fault::Checksum,
+        ..
+    }) = opened
+    else {
         panic!("{:?}", opened.map(|(_, r)| r));
     };
 }
@@ -449,7 +501,11 @@ fn a_flushed_record_damaged_before_a_later_flush_is_an_error_after_a_host_crash(
     let opened = recover::open(Arc::clone(&world.disk), IDENTITY, LIMITS);
     assert!(matches!(
         opened.map(|(_, r)| r),
-        Err(VolumeError::JournalDamaged { offset: 4096, fault: Fault::Hole, .. })
+        Err(VolumeError::JournalDamaged {
+            offset: 4096,
+            fault: Fault::Hole,
+            ..
+        })
     ));
 }
 
@@ -462,7 +518,10 @@ fn logs_without_a_snapshot_and_a_gap_in_the_logs_are_damage() {
     let opened = recover::open(Arc::clone(&world.disk), IDENTITY, LIMITS);
     assert!(matches!(
         opened.map(|(_, r)| r),
-        Err(VolumeError::JournalDamaged { fault: Fault::LogMissing, .. })
+        Err(VolumeError::JournalDamaged {
+            fault: Fault::LogMissing,
+            ..
+        })
     ));
     for name in named(&world, super::SNAPSHOT) {
         world.disk.remove(&name).unwrap();
@@ -470,7 +529,10 @@ fn logs_without_a_snapshot_and_a_gap_in_the_logs_are_damage() {
     let opened = recover::open(Arc::clone(&world.disk), IDENTITY, LIMITS);
     assert!(matches!(
         opened.map(|(_, r)| r),
-        Err(VolumeError::JournalDamaged { fault: Fault::NoSnapshot, .. })
+        Err(VolumeError::JournalDamaged {
+            fault: Fault::NoSnapshot,
+            ..
+        })
     ));
 }
 
@@ -492,5 +554,8 @@ fn a_record_that_recovery_did_not_believe_is_never_believed_later() {
         }
     }
     world.step(&Op::Crash { host: true });
-    assert_eq!(world.acked.here.keys().copied().collect::<Vec<_>>(), [100, 101, 102]);
+    assert_eq!(
+        world.acked.here.keys().copied().collect::<Vec<_>>(),
+        [100, 101, 102]
+    );
 }

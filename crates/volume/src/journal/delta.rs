@@ -105,9 +105,15 @@ impl Delta {
             let chunk = unit / CHUNK;
             let (word, bit) = ((unit % CHUNK / 64) as usize, unit % 64);
             let (whole, bits) = if owned {
-                (&self.whole_owned, self.bits.get(&chunk).map(|b| b.owned[word]))
+                (
+                    &self.whole_owned,
+                    self.bits.get(&chunk).map(|b| b.owned[word]),
+                )
             } else {
-                (&self.whole_resident, self.bits.get(&chunk).map(|b| b.resident[word]))
+                (
+                    &self.whole_resident,
+                    self.bits.get(&chunk).map(|b| b.resident[word]),
+                )
             };
             whole.contains(chunk) || bits.is_some_and(|b| b >> bit & 1 == 1)
         })

@@ -116,12 +116,22 @@ fn lay(bytes: &mut Vec<u8>, offset: usize, piece: &[u8]) {
 }
 
 fn dead(op: Operation) -> VolumeError {
-    VolumeError::io(Path::new("sim"), op, 0, 0, io::Error::other("the simulated machine died"))
+    VolumeError::io(
+        Path::new("sim"),
+        op,
+        0,
+        0,
+        io::Error::other("the simulated machine died"),
+    )
 }
 
 impl Disk {
     pub fn new(seed: u64) -> Self {
-        Disk(Mutex::new(Inner { rng: seed, boot: 1, ..Inner::default() }))
+        Disk(Mutex::new(Inner {
+            rng: seed,
+            boot: 1,
+            ..Inner::default()
+        }))
     }
 
     fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -337,5 +347,8 @@ impl Store for Disk {
             }
             _ => Err(dead(Operation::Sync)),
         }
+    }
+    fn release(&self) -> Result<()> {
+        Ok(())
     }
 }

@@ -156,7 +156,9 @@ impl Journal {
             fold_scheduled: AtomicBool::new(false),
             switches: AtomicU64::new(0),
         };
-        Journal { inner: Arc::new(inner) }
+        Journal {
+            inner: Arc::new(inner),
+        }
     }
 
     /// Records changes whose data is written already. When this returns they survive the daemon; a
@@ -178,7 +180,9 @@ impl Journal {
     /// costs one more copy. Returns false, having done nothing, if it is no `Filled` within the volume or
     /// too many wait already: use [`record`](Self::record) then.
     pub fn record_lazily(&self, change: Change) -> bool {
-        let Change::Filled(new) = change else { return false };
+        let Change::Filled(new) = change else {
+            return false;
+        };
         if self.inner.test(change).is_err() {
             return false;
         }
@@ -214,7 +218,10 @@ impl Journal {
         // Before `folding` is taken: a full log makes this wait for a fold.
         inner.enqueue(Vec::new()).await?;
         let _one = inner.folding.lock().await;
-        if inner.with_book(Lane::Slow, |book| Ok(book.is_retired())).await? {
+        if inner
+            .with_book(Lane::Slow, |book| Ok(book.is_retired()))
+            .await?
+        {
             return Ok(());
         }
         let absent = inner.identity.units() - inner.fold().await?;
@@ -225,12 +232,14 @@ impl Journal {
     }
 
     /// A barrier and a mark of good order; the next [`open`](Self::open) is then
-    /// [`Clean`](super::RecoveryHow::Clean). Nothing may be recorded after it.
+    /// [`Clean`](super::RecoveryHow::Clean). The directory is free when this returns. A journal merely
+    /// dropped keeps it until its running fold ends.
     pub async fn close(self) -> Result<()> {
         let inner = &self.inner;
         inner.barrier().await?;
         let _one = inner.folding.lock().await;
-        inner.make_durable(Book::write_closed).await
+        inner.make_durable(Book::write_closed).await?;
+        inner.with_book(Lane::Slow, |book| book.shut()).await
     }
 }
 
@@ -260,16 +269,23 @@ impl Inner {
         };
         let end = extent.start.checked_add(extent.len);
         if extent.is_empty() || mask == 0 || end.is_none_or(|end| end > units) {
-            return Err(VolumeError::JournalChange { extent, mask, units });
+            return Err(VolumeError::JournalChange {
+                extent,
+                mask,
+                units,
+            });
         }
         Ok(())
     }
 
     async fn enqueue(self: &Arc<Self>, changes: Vec<Change>) -> Result<()> {
         let (done, answer) = oneshot::channel();
-        let mut queue = self.queue();
-        queue.waiting.push(Waiting { changes, done });
-        self.drain_soon(queue);
+        {
+            // In a scope of its own: what holds the lock must be gone before the wait.
+            let mut queue = self.queue();
+            queue.waiting.push(Waiting { changes, done });
+            self.drain_soon(queue);
+        }
         answer.await.map_err(|_| VolumeError::PoolStopped)?
     }
 
@@ -300,7 +316,11 @@ impl Inner {
             let (appended, used, switches) = {
                 let mut book = self.book();
                 let appended = book.append(&all);
-                (appended, book.fill().0, self.switches.load(Ordering::SeqCst))
+                (
+                    appended,
+                    book.fill().0,
+                    self.switches.load(Ordering::SeqCst),
+                )
             };
             if used >= self.fold_at.load(Ordering::Relaxed) {
                 self.schedule_fold();
@@ -433,7 +453,9 @@ impl Inner {
                 // Try again an eighth of a log later, or when it is full.
                 let fill = inner.with_book(Lane::Quick, |book| Ok(book.fill())).await;
                 let (used, usable) = fill.unwrap_or_default();
-                inner.fold_at.store((used + usable / 8).min(usable), Ordering::Relaxed);
+                inner
+                    .fold_at
+                    .store((used + usable / 8).min(usable), Ordering::Relaxed);
             }
             inner.fold_scheduled.store(false, Ordering::SeqCst);
             inner.unstick(result.as_ref().err());
@@ -442,11 +464,17 @@ impl Inner {
 
     /// One fold, with `folding` held; returns the number of resident units.
     async fn fold(self: &Arc<Self>) -> Result<u64> {
-        if self.with_book(Lane::Quick, |book| Ok(book.is_retired())).await? {
+        if self
+            .with_book(Lane::Quick, |book| Ok(book.is_retired()))
+            .await?
+        {
             return Ok(self.identity.units());
         }
         // One that failed after its switch is finished first: so at most one is ever behind.
-        if let Some(behind) = self.with_book(Lane::Quick, |book| Ok(book.unfinished_fold())).await? {
+        if let Some(behind) = self
+            .with_book(Lane::Quick, |book| Ok(book.unfinished_fold()))
+            .await?
+        {
             self.finish(behind).await?;
         }
         let inner = Arc::clone(self);

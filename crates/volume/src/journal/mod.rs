@@ -74,7 +74,6 @@ mod crash;
 #[cfg(test)]
 mod disk;
 
-
 pub use live::{DataSync, Journal};
 
 const LOG: &str = "log-";
@@ -100,7 +99,10 @@ impl VolumeIdentity {
 
     /// The mask of the sectors a unit has: all eight, fewer in a short last one.
     pub fn all_sectors(&self, unit: u64) -> u8 {
-        let bytes = self.size.saturating_sub(unit.saturating_mul(UNIT)).min(UNIT);
+        let bytes = self
+            .size
+            .saturating_sub(unit.saturating_mul(UNIT))
+            .min(UNIT);
         ((1u16 << bytes.div_ceil(SECTOR)) - 1) as u8
     }
 }
@@ -108,7 +110,11 @@ impl VolumeIdentity {
 impl std::fmt::Display for VolumeIdentity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let uuid = u128::from_be_bytes(self.uuid);
-        write!(f, "volume {uuid:032x} of {} bytes at epoch {}", self.size, self.epoch)
+        write!(
+            f,
+            "volume {uuid:032x} of {} bytes at epoch {}",
+            self.size, self.epoch
+        )
     }
 }
 
@@ -136,7 +142,9 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { log_records: 32_768 }
+        Limits {
+            log_records: 32_768,
+        }
     }
 }
 
@@ -216,13 +224,18 @@ impl State {
                     let start = u64::from(rest.trailing_zeros());
                     let len = u64::from((rest >> start).trailing_ones());
                     set.insert(Extent::new(base + start, len));
-                    let run = if len == 64 { u64::MAX } else { ((1 << len) - 1) << start };
+                    let run = if len == 64 {
+                        u64::MAX
+                    } else {
+                        ((1 << len) - 1) << start
+                    };
                     rest &= !run;
                 }
             }
         }
         let partial = block.partial.iter();
-        self.partial.extend(partial.map(|(&unit, &mask)| (first + u64::from(unit), mask)));
+        self.partial
+            .extend(partial.map(|(&unit, &mask)| (first + u64::from(unit), mask)));
     }
 }
 
@@ -249,16 +262,25 @@ fn is_ours(name: &str) -> bool {
 
 /// The generation in the name of a log or snapshot.
 fn generation(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix(LOG).or_else(|| name.strip_prefix(SNAPSHOT))?;
-    let canonical = digits.len() == 8 && !digits.contains(|c: char| c.is_ascii_uppercase() || c == '+');
-    canonical.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+    let digits = name
+        .strip_prefix(LOG)
+        .or_else(|| name.strip_prefix(SNAPSHOT))?;
+    let canonical =
+        digits.len() == 8 && !digits.contains(|c: char| c.is_ascii_uppercase() || c == '+');
+    canonical
+        .then(|| u64::from_str_radix(digits, 16).ok())
+        .flatten()
 }
 
 fn damaged(path: &Path, offset: u64, fault: Fault) -> VolumeError {
     let path = path.to_owned();
     match fault {
         Fault::Version { found, known } => VolumeError::JournalVersion { path, found, known },
-        fault => VolumeError::JournalDamaged { path, offset, fault },
+        fault => VolumeError::JournalDamaged {
+            path,
+            offset,
+            fault,
+        },
     }
 }
 

@@ -83,7 +83,10 @@ impl LogHeader {
         }
         let version = u32_at(bytes, 8);
         if version != VERSION {
-            return Err(Fault::Version { found: version, known: VERSION });
+            return Err(Fault::Version {
+                found: version,
+                known: VERSION,
+            });
         }
         if u64_at(bytes, 64) > u64::from(u32::MAX) {
             return Err(Fault::Nonsense);
@@ -108,7 +111,10 @@ pub enum Entry {
     Change(Change),
     /// The data of every record of this boot up to and including `covers` is durable. When this was
     /// written, the first `settled` slots of this log were themselves known to be durable.
-    Barrier { covers: Sequence, settled: u32 },
+    Barrier {
+        covers: Sequence,
+        settled: u32,
+    },
     /// Closed in good order: nothing follows in this log.
     Closed,
 }
@@ -216,7 +222,11 @@ mod tests {
 
     fn header() -> LogHeader {
         LogHeader {
-            identity: VolumeIdentity { uuid: [7; 16], size: 1 << 30, epoch: 3 },
+            identity: VolumeIdentity {
+                uuid: [7; 16],
+                size: 1 << 30,
+                epoch: 3,
+            },
             boot: BootId([9; 16]),
             generation: 5,
             nonce: 0x1234,
@@ -227,11 +237,12 @@ mod tests {
     fn entry() -> impl Strategy<Value = Entry> {
         let extent = (0u64..1000, 1u64..1000).prop_map(|(s, l)| Extent::new(s, l));
         prop_oneof![
-            extent.clone().prop_map(|e| Entry::Change(Change::Filled(e))),
+            extent
+                .clone()
+                .prop_map(|e| Entry::Change(Change::Filled(e))),
             extent.prop_map(|e| Entry::Change(Change::Written(e))),
-            (0u64..1000, 1u8..).prop_map(|(unit, mask)| {
-                Entry::Change(Change::PartlyWritten { unit, mask })
-            }),
+            (0u64..1000, 1u8..)
+                .prop_map(|(unit, mask)| { Entry::Change(Change::PartlyWritten { unit, mask }) }),
             (0u64..7 << 32, 0u32..7).prop_map(|(c, settled)| Entry::Barrier {
                 covers: Sequence(c),
                 settled

@@ -23,8 +23,8 @@ use super::record::{Entry, HEADER, LogHeader, RECORD, Sequence, Slot, slots};
 use super::snapshot::{BLOCK_UNITS, Block};
 use super::store::Store;
 use super::{
-    BootId, COMPLETE, Change, Fault, Limits, Recovered, RecoveryHow, State, VolumeIdentity, damaged,
-    generation, is_tmp, log_name, snapshot_name,
+    BootId, COMPLETE, Change, Fault, Limits, Recovered, RecoveryHow, State, VolumeIdentity,
+    damaged, generation, is_tmp, log_name, snapshot_name,
 };
 use crate::{Operation, VolumeError};
 
@@ -50,13 +50,19 @@ pub(super) fn open<S: Store>(
     }
     names.retain(|n| super::is_ours(n) && !is_tmp(n));
     if names.is_empty() {
-        return Err(VolumeError::JournalAbsent { dir: store.path("") });
+        return Err(VolumeError::JournalAbsent {
+            dir: store.path(""),
+        });
     }
     if names.iter().any(|n| n == COMPLETE) {
         return open_complete(store, identity, limits);
     }
     let of_kind = |kind: &str| -> BTreeSet<u64> {
-        names.iter().filter(|n| n.starts_with(kind)).filter_map(|n| generation(n)).collect()
+        names
+            .iter()
+            .filter(|n| n.starts_with(kind))
+            .filter_map(|n| generation(n))
+            .collect()
     };
     let (snapshots, logs) = (of_kind(super::SNAPSHOT), of_kind(super::LOG));
 
@@ -71,8 +77,21 @@ pub(super) fn open<S: Store>(
                     tracing::warn!(%error, base, "fell back to the journal's previous generation");
                 }
                 let book = Book::resume(store, identity, limits, start)?;
-                let State { resident, guest_owned, partial } = state;
-                return Ok((book, Recovered { resident, guest_owned, partial, how, fell_back }));
+                let State {
+                    resident,
+                    guest_owned,
+                    partial,
+                } = state;
+                return Ok((
+                    book,
+                    Recovered {
+                        resident,
+                        guest_owned,
+                        partial,
+                        how,
+                        fell_back,
+                    },
+                ));
             }
             Err(error @ VolumeError::JournalDamaged { .. }) => {
                 first_failure.get_or_insert(error);
@@ -94,7 +113,9 @@ fn open_complete<S: Store>(
     same_volume(&path, mark.identity, identity)?;
     let units = identity.units();
     let mut state = State::empty(&identity);
-    state.resident.insert(whimbrel_engine::space::Extent::new(0, units));
+    state
+        .resident
+        .insert(whimbrel_engine::space::Extent::new(0, units));
     let start = Start {
         base: 0,
         next_generation: 1,
@@ -123,13 +144,21 @@ fn from_base<S: Store>(
     generations: &BTreeSet<u64>,
 ) -> Result<(Start, State, RecoveryHow)> {
     let mut snapshot = OldSnapshot::open(store, base)?;
-    same_volume(&store.path(&snapshot_name(base)), snapshot.identity(), identity)?;
+    same_volume(
+        &store.path(&snapshot_name(base)),
+        snapshot.identity(),
+        identity,
+    )?;
 
     let mut logs = Vec::new();
     for generation in base..=newest {
         if !generations.contains(&generation) {
             // Each log was durable with its name before the next, and before its snapshot.
-            return Err(damaged(&store.path(&log_name(generation)), 0, Fault::LogMissing));
+            return Err(damaged(
+                &store.path(&log_name(generation)),
+                0,
+                Fault::LogMissing,
+            ));
         }
         logs.push(read_log(store, identity, generation)?);
     }
@@ -155,7 +184,9 @@ fn from_base<S: Store>(
         for &(slot, ref content) in &log.slots {
             let at = Sequence::new(generation, slot);
             match *content {
-                Slot::Valid(Entry::Change(change)) if same_boot || limit.is_some_and(|l| at <= l) => {
+                Slot::Valid(Entry::Change(change))
+                    if same_boot || limit.is_some_and(|l| at <= l) =>
+                {
                     delta.apply(change);
                     kept += 1;
                     closed = false;
@@ -232,7 +263,11 @@ fn test_for_holes<S: Store>(store: &S, log: &ReadLog, same_boot: bool) -> Result
         if hole || *content == Slot::Nonsense {
             let fault = if hole { Fault::Hole } else { Fault::Nonsense };
             let offset = HEADER as u64 + u64::from(slot) * RECORD as u64;
-            return Err(damaged(&store.path(&log_name(log.header.generation)), offset, fault));
+            return Err(damaged(
+                &store.path(&log_name(log.header.generation)),
+                offset,
+                fault,
+            ));
         }
     }
     Ok(())
@@ -255,7 +290,10 @@ fn read_log<S: Store>(store: &S, identity: VolumeIdentity, generation: u64) -> R
     let slots = slots(&header, &bytes[HEADER..])
         .filter(|(_, s)| *s != Slot::Empty)
         .collect::<Vec<_>>();
-    Ok(ReadLog { header, slots: with_gaps(slots) })
+    Ok(ReadLog {
+        header,
+        slots: with_gaps(slots),
+    })
 }
 
 /// Puts back the empty slots that lie before a used one: they are holes. The empty tail is not kept.
@@ -274,14 +312,30 @@ fn read_file<S: Store>(store: &S, name: &str, limit: u64) -> Result<Vec<u8>> {
         .reader(name)?
         .take(limit)
         .read_to_end(&mut bytes)
-        .map_err(|e| VolumeError::io(&store.path(name), Operation::Read, bytes.len() as u64, limit, e))?;
+        .map_err(|e| {
+            VolumeError::io(
+                &store.path(name),
+                Operation::Read,
+                bytes.len() as u64,
+                limit,
+                e,
+            )
+        })?;
     Ok(bytes)
 }
 
-fn same_volume(path: &std::path::Path, found: VolumeIdentity, wanted: VolumeIdentity) -> Result<()> {
+fn same_volume(
+    path: &std::path::Path,
+    found: VolumeIdentity,
+    wanted: VolumeIdentity,
+) -> Result<()> {
     if found == wanted {
         Ok(())
     } else {
-        Err(VolumeError::JournalForeign { path: path.to_owned(), found, wanted })
+        Err(VolumeError::JournalForeign {
+            path: path.to_owned(),
+            found,
+            wanted,
+        })
     }
 }

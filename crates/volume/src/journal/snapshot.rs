@@ -68,7 +68,10 @@ impl Block {
     }
 
     pub fn resident_count(&self) -> u64 {
-        self.resident.iter().map(|w| u64::from(w.count_ones())).sum()
+        self.resident
+            .iter()
+            .map(|w| u64::from(w.count_ones()))
+            .sum()
     }
 
     /// Draws the conclusions: a unit whose every sector was written is resident, a resident unit is
@@ -223,7 +226,10 @@ impl<R: Read> SnapshotReader<R> {
         }
         let version = u32_at(&bytes, 8);
         if version != VERSION {
-            return fault(Fault::Version { found: version, known: VERSION });
+            return fault(Fault::Version {
+                found: version,
+                known: VERSION,
+            });
         }
         let identity = VolumeIdentity {
             uuid: array_at(&bytes, 16),
@@ -258,7 +264,12 @@ impl<R: Read> SnapshotReader<R> {
             return Ok(None);
         }
         let start = self.offset;
-        let fault = |fault| Err(SnapshotFault::Damaged { offset: start, fault });
+        let fault = |fault| {
+            Err(SnapshotFault::Damaged {
+                offset: start,
+                fault,
+            })
+        };
         let mut bytes = vec![0; BLOCK_HEAD];
         self.fill(&mut bytes, 0)?;
         let index = u64_at(&bytes, 0);
@@ -293,7 +304,10 @@ impl<R: Read> SnapshotReader<R> {
         let mut block = Block::empty(index);
         let valid = Block::extent(index, units).len;
         let mut at = BLOCK_HEAD;
-        for (kind, words) in kinds.into_iter().zip([&mut block.resident, &mut block.owned]) {
+        for (kind, words) in kinds
+            .into_iter()
+            .zip([&mut block.resident, &mut block.owned])
+        {
             match kind {
                 0 => {}
                 1 => {
@@ -354,7 +368,11 @@ mod tests {
 
     fn identity() -> VolumeIdentity {
         // Not whole units: the last has three sectors.
-        VolumeIdentity { uuid: [3; 16], size: 70_000 * 4096 + 1536, epoch: 2 }
+        VolumeIdentity {
+            uuid: [3; 16],
+            size: 70_000 * 4096 + 1536,
+            epoch: 2,
+        }
     }
 
     fn write(delta: &Delta) -> Vec<u8> {

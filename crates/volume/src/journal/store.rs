@@ -36,6 +36,8 @@ pub(super) trait Store: Send + Sync + 'static {
     fn remove(&self, name: &str) -> Result<()>;
     /// Makes creations, renames and removals durable.
     fn sync_dir(&self) -> Result<()>;
+    /// Lets others have the directory.
+    fn release(&self) -> Result<()>;
 }
 
 /// A directory of the file system, held by one process at a time through an advisory lock.
@@ -52,13 +54,19 @@ impl DirStore {
     pub fn open(dir: &Path) -> Result<Self> {
         let fail = |op, e| VolumeError::io(dir, op, 0, 0, e);
         let lock = File::open(dir).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => VolumeError::JournalAbsent { dir: dir.to_owned() },
+            io::ErrorKind::NotFound => VolumeError::JournalAbsent {
+                dir: dir.to_owned(),
+            },
             _ => fail(Operation::Open, e),
         })?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|e| match e {
-            rustix::io::Errno::WOULDBLOCK => VolumeError::JournalBusy { dir: dir.to_owned() },
-            e => fail(Operation::Lock, e.into()),
-        })?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(
+            |e| match e {
+                rustix::io::Errno::WOULDBLOCK => VolumeError::JournalBusy {
+                    dir: dir.to_owned(),
+                },
+                e => fail(Operation::Lock, e.into()),
+            },
+        )?;
         Ok(DirStore {
             dir: dir.to_owned(),
             lock,
@@ -85,7 +93,10 @@ impl DirStore {
     }
 
     fn forget(&self, name: &str) -> Option<Arc<File>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(name)
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name)
     }
 }
 
@@ -126,13 +137,20 @@ impl Store for DirStore {
 
     fn reader(&self, name: &str) -> Result<Box<dyn Read + Send>> {
         let path = self.path(name);
-        let file = File::open(&path).map_err(|e| VolumeError::io(&path, Operation::Open, 0, 0, e))?;
+        let file =
+            File::open(&path).map_err(|e| VolumeError::io(&path, Operation::Open, 0, 0, e))?;
         Ok(Box::new(io::BufReader::with_capacity(1 << 17, file)))
     }
 
     fn write(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         self.file(name)?.write_all_at(bytes, offset).map_err(|e| {
-            VolumeError::io(&self.path(name), Operation::Write, offset, bytes.len() as u64, e)
+            VolumeError::io(
+                &self.path(name),
+                Operation::Write,
+                offset,
+                bytes.len() as u64,
+                e,
+            )
         })
     }
 
@@ -173,5 +191,10 @@ impl Store for DirStore {
         self.lock
             .sync_all()
             .map_err(|e| VolumeError::io(&self.dir, Operation::Sync, 0, 0, e))
+    }
+
+    fn release(&self) -> Result<()> {
+        rustix::fs::flock(&self.lock, FlockOperation::Unlock)
+            .map_err(|e| VolumeError::io(&self.dir, Operation::Lock, 0, 0, e.into()))
     }
 }
