@@ -190,11 +190,14 @@ async fn create_volume<S: Service>(
     Said(request): Said<CreateVolume>,
 ) -> Answer<VolumeView> {
     let sector = whimbrel_engine::space::SECTOR;
-    if request.size.0 == 0 || request.size.0 % sector != 0 {
+    if request.size.0 == 0 || !request.size.0.is_multiple_of(sector) {
         let next = (request.size.0 / sector).max(1) * sector;
         return Err(ApiError::new(
             ErrorCode::Invalid,
-            format!("a volume of {} cannot be: sizes are whole sectors of {sector} bytes", request.size),
+            format!(
+                "a volume of {} cannot be: sizes are whole sectors of {sector} bytes",
+                request.size
+            ),
         )
         .machine_state("nothing was changed")
         .next_step(format!("ask for {}, say", crate::state::ByteSize(next))));

@@ -180,8 +180,18 @@ async fn what_makes_no_sense_is_refused_before_the_daemon_sees_it() {
             "{\"name\":\"v\",\"size\":\"1GiB\",\"sparse\":true}",
             "unknown field `sparse`",
         ),
-        ("POST", "/v1/volumes", "{\"name\":\"v\",\"size\":\"1000\"}", "whole sectors"),
-        ("POST", "/v1/volumes", "{\"name\":\"v\",\"size\":0}", "whole sectors"),
+        (
+            "POST",
+            "/v1/volumes",
+            "{\"name\":\"v\",\"size\":\"1000\"}",
+            "whole sectors",
+        ),
+        (
+            "POST",
+            "/v1/volumes",
+            "{\"name\":\"v\",\"size\":0}",
+            "whole sectors",
+        ),
         ("POST", "/v1/volumes", "{", "not understood"),
         (
             "POST",

@@ -220,7 +220,7 @@ impl MachineSpec {
                 problem,
             })
         };
-        if self.memory.0 < ByteSize::MIB || self.memory.0 % ByteSize::MIB != 0 {
+        if self.memory.0 < ByteSize::MIB || !self.memory.0.is_multiple_of(ByteSize::MIB) {
             return invalid(
                 "memory",
                 format!("{} is not a whole number of MiB above zero", self.memory),

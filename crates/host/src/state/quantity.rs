@@ -126,7 +126,7 @@ impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = ["bit", "kbit", "Mbit", "Gbit", "Tbit"];
         let (mut value, mut step) = (self.0, 0);
-        while value % 1000 == 0 && step + 1 < units.len() {
+        while value.is_multiple_of(1000) && step + 1 < units.len() {
             value /= 1000;
             step += 1;
         }

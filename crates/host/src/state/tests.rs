@@ -339,7 +339,10 @@ fn migrations_have_a_folder_each() {
             .as_deref(),
         Some("x")
     );
-    assert_eq!(state.migrations().unwrap().records, [id.clone()]);
+    assert_eq!(
+        state.migrations().unwrap().records,
+        std::slice::from_ref(&id)
+    );
     state.remove_migration(&id).unwrap();
     assert!(state.migrations().unwrap().records.is_empty());
 }

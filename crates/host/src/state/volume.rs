@@ -140,7 +140,7 @@ impl VolumeRecord {
 
     /// What the types alone cannot rule out.
     pub(super) fn problem(&self) -> Option<String> {
-        if self.size == 0 || self.size % whimbrel_engine::space::SECTOR != 0 {
+        if self.size == 0 || !self.size.is_multiple_of(whimbrel_engine::space::SECTOR) {
             return Some(format!(
                 "`size`: {} is not a positive multiple of 512",
                 self.size

@@ -1,0 +1,403 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use whimbrel_host::api::{ImageFormat, RamMode};
+use whimbrel_host::state::{ByteSize, Name, RateLimit};
+use whimbrel_peer::key_id::KeyId;
+use whimbrel_peer::trust::{PeerAddress, PeerName};
+
+/// Exit codes, shown with the help and in the manual page; [`crate::error::Exit`] is the same in code.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  the command line makes no sense
+  3  the daemon cannot be reached
+  4  the migration failed or was cancelled; the machine is at its source as before
+  5  the machine is paused and needs the operator's decision";
+
+/// Moves running virtual machines, RAM and disks, between hosts over any distance.
+#[derive(Debug, Parser)]
+#[command(name = "whimbrel", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct Global {
+    /// Answer in JSON; errors too, on standard error
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// State directory [default: as configured, else /var/lib/whimbrel]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Configuration file [default: /etc/whimbrel/whimbrel.toml if there is one]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The daemon's socket [default: as configured, else api.sock in the state directory]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// This host: its identity, its daemon, the peers it trusts
+    #[command(subcommand)]
+    Host(HostCommand),
+    /// Volumes: the disks of machines
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Machines: a QEMU and its volumes
+    #[command(subcommand)]
+    Machine(MachineCommand),
+    /// Move a running machine, RAM and disks, to another host
+    Migrate(Migrate),
+    /// Let a machine that is held in its copy switch to the other host now
+    Switch {
+        /// The machine
+        machine: Name,
+    },
+    /// Show machines and migrations as they are now
+    Status {
+        /// Only this machine
+        machine: Option<Name>,
+    },
+    /// Follow a migration until it is over
+    Watch {
+        /// The machine; may be left out if only one migrates
+        machine: Option<Name>,
+    },
+    /// Give a migration up; the machine stays at its source
+    Cancel {
+        /// The machine
+        machine: Name,
+    },
+    /// Change how much of the link a migration may use, from now on
+    Throttle {
+        /// The machine
+        machine: Name,
+        /// Such as 80Mbit or 10MiB/s; `unlimited` for no limit
+        rate: RateLimit,
+    },
+    /// Write a shell's completions to standard output
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory
+    Man {
+        /// The directory; made if missing
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// Make the state directory and the host's key, unless they exist
+    Init {
+        /// What this host calls itself [default: the system's host name]
+        #[arg(long)]
+        name: Option<PeerName>,
+    },
+    /// Run the daemon
+    Run {
+        /// Address that peers reach this host at [default: as configured, else 0.0.0.0:7420]
+        #[arg(long, value_name = "ADDR:PORT")]
+        listen: Option<SocketAddr>,
+    },
+    /// Show this host: its key, above all
+    Show,
+    /// Trust another host, from its next connection on
+    Trust {
+        /// What to call it here
+        name: PeerName,
+        /// The key that `whimbrel host show` prints there
+        key: KeyId,
+        /// Where it listens, as HOST:PORT; several are tried in order
+        #[arg(required = true, value_name = "ADDR")]
+        addresses: Vec<PeerAddress>,
+    },
+    /// Trust another host no more
+    Untrust {
+        /// What it is called here
+        name: PeerName,
+    },
+    /// List the hosts that this one trusts
+    Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make an empty volume
+    Create {
+        /// Its name
+        name: Name,
+        /// Such as 10GiB
+        #[arg(long)]
+        size: ByteSize,
+    },
+    /// Make a volume from an image; holes stay holes
+    Import {
+        /// The volume's name
+        name: Name,
+        /// The image
+        file: PathBuf,
+        /// The image's format
+        #[arg(long, value_enum, default_value_t)]
+        format: FormatArg,
+    },
+    /// List the volumes
+    Ls,
+    /// Show a volume
+    Show {
+        /// Its name
+        name: Name,
+    },
+    /// Remove a volume and its content
+    Rm {
+        /// Its name
+        name: Name,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MachineCommand {
+    /// Make a machine known from its description in TOML
+    Define {
+        /// The description
+        file: PathBuf,
+    },
+    /// Start a machine
+    Start {
+        /// The machine
+        name: Name,
+    },
+    /// Ask a machine's guest to shut down
+    Stop {
+        /// The machine
+        name: Name,
+        /// End its process at once instead, as if the power failed
+        #[arg(long)]
+        force: bool,
+    },
+    /// Take over a QEMU that runs already
+    Adopt {
+        /// The description that fits it
+        file: PathBuf,
+        /// Its QMP socket
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+    },
+    /// List the machines
+    Ls,
+    /// Show a machine
+    Show {
+        /// The machine
+        name: Name,
+    },
+    /// Forget a machine that does not run; its volumes stay
+    Undefine {
+        /// The machine
+        name: Name,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The machine
+    pub machine: Name,
+    /// The host to move it to, as this one calls it
+    #[arg(long, value_name = "HOST")]
+    pub to: PeerName,
+    /// Most of the link it may use, such as 80Mbit; can be changed later with `throttle`
+    #[arg(long, value_name = "RATE", default_value = "unlimited")]
+    pub bandwidth: RateLimit,
+    /// Copy, but switch only when told to with `switch`
+    #[arg(long)]
+    pub hold: bool,
+    /// How RAM goes
+    #[arg(long, value_enum, default_value_t)]
+    pub ram: RamArg,
+    /// Return at once instead of showing progress until it is over
+    #[arg(long)]
+    pub detach: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum RamArg {
+    /// Post-copy where the destination can, else pre-copy
+    #[default]
+    Auto,
+    /// After the switch: short blackout, always ends
+    Postcopy,
+    /// Before the switch
+    Precopy,
+}
+
+impl From<RamArg> for RamMode {
+    fn from(arg: RamArg) -> RamMode {
+        match arg {
+            RamArg::Auto => RamMode::Auto,
+            RamArg::Postcopy => RamMode::Postcopy,
+            RamArg::Precopy => RamMode::Precopy,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// The disk's bytes as they are
+    #[default]
+    Raw,
+}
+
+impl From<FormatArg> for ImageFormat {
+    fn from(arg: FormatArg) -> ImageFormat {
+        match arg {
+            FormatArg::Raw => ImageFormat::Raw,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use proptest::prelude::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("whimbrel").chain(line.split_whitespace()))
+    }
+
+    fn refusal(line: &str) -> String {
+        parse(line).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_migration_has_defaults() {
+        let Command::Migrate(m) = parse("migrate web1 --to b").unwrap().command else {
+            panic!()
+        };
+        assert_eq!((m.machine.as_str(), m.to.as_str()), ("web1", "b"));
+        assert_eq!(
+            (m.bandwidth, m.hold, m.ram, m.detach),
+            (RateLimit(None), false, RamArg::Auto, false)
+        );
+    }
+
+    #[test]
+    fn a_migration_can_be_told_everything() {
+        let line = "migrate web1 --to b --bandwidth 80Mbit --hold --ram precopy --detach --json";
+        let cli = parse(line).unwrap();
+        let Command::Migrate(m) = cli.command else {
+            panic!()
+        };
+        assert_eq!(m.bandwidth.0.unwrap().bits_per_second(), 80_000_000);
+        assert!(m.hold && m.detach && cli.global.json);
+        assert_eq!(RamMode::from(m.ram), RamMode::Precopy);
+    }
+
+    #[test]
+    fn global_options_go_anywhere() {
+        for line in [
+            "--state /s volume ls",
+            "volume --state /s ls",
+            "volume ls --state /s",
+        ] {
+            assert_eq!(
+                parse(line).unwrap().global.state,
+                Some(PathBuf::from("/s")),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_command_of_the_manual_is_taken() {
+        let key = format!("whk1-{}", "a".repeat(52));
+        for line in [
+            "host init",
+            "host init --name a",
+            "host run --listen 127.0.0.1:1 --config /c",
+            "host show",
+            &format!("host trust b {key} 192.0.2.1:7420"),
+            &format!("host trust b {key} 192.0.2.1:7420 [2001:db8::1]:7420"),
+            "host untrust b",
+            "host ls",
+            "volume create root --size 10GiB",
+            "volume import root /i --format raw",
+            "volume ls",
+            "volume show root",
+            "volume rm root",
+            "machine define m.toml",
+            "machine start web1",
+            "machine stop web1 --force",
+            "machine adopt m.toml --qmp /q",
+            "machine ls",
+            "machine show web1",
+            "machine undefine web1",
+            "switch web1",
+            "status",
+            "status web1",
+            "watch",
+            "watch web1",
+            "cancel web1",
+            "throttle web1 10MiB/s",
+            "throttle web1 unlimited",
+            "completions bash",
+            "man /tmp",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {}", refusal(line));
+        }
+    }
+
+    #[test]
+    fn bad_words_are_refused_with_the_reason() {
+        for (line, reason) in [
+            ("volume create Root --size 1GiB", "'R' at position 1"),
+            ("volume create root --size big", "not a size"),
+            ("volume create root", "--size"),
+            ("throttle web1 80", "no unit"),
+            ("throttle web1 0Mbit", "never finish"),
+            ("migrate web1", "--to"),
+            ("migrate web1 --to b --ram maybe", "auto, postcopy, precopy"),
+            ("host trust b whk1-short b:1", "was it cut"),
+            ("host trust b c d", "whk1-"),
+            (
+                &format!("host trust b whk1-{} nowhere", "a".repeat(52)),
+                "port",
+            ),
+            ("machine adopt m.toml", "--qmp"),
+            ("fly web1", "unrecognized subcommand"),
+        ] {
+            let text = refusal(line);
+            assert!(text.contains(reason), "{line}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_help_tells_the_exit_codes() {
+        let help = Cli::command().render_long_help().to_string();
+        for code in 0..=5 {
+            assert!(help.contains(&format!("\n  {code}  ")), "{help}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_line_makes_the_parser_panic(words in prop::collection::vec("(migrate|volume|create|host|trust|--to|--size|-[a-z]|\\PC{0,8})", 0..6)) {
+            let _ = Cli::try_parse_from(std::iter::once("whimbrel".to_string()).chain(words));
+        }
+    }
+}
