@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use whimbrel_engine::space::{Extent, UNIT};
 
 use super::wall_clock;
@@ -59,6 +60,8 @@ pub(super) struct Line {
     pub(super) layout: StreamLayout,
     ops: mpsc::Sender<Op>,
     state: watch::Sender<State>,
+    /// Ends the listening tasks with the line.
+    _alive: DropGuard,
 }
 
 impl Line {
@@ -79,14 +82,18 @@ impl Line {
         let (read, write) = stream.into_split();
         let (ops, queue) = mpsc::channel(QUEUE);
         let state = watch::Sender::new(State::default());
-        tokio::spawn(listen(read, layout.blocks.clone(), state.clone(), requests));
-        tokio::spawn(watch_qemu(qmp.events(), state.clone()));
+        let gone = CancellationToken::new();
+        let listening = listen(read, layout.blocks.clone(), state.clone(), requests);
+        tokio::spawn(gone.clone().run_until_cancelled_owned(listening));
+        let watching = watch_qemu(qmp.events(), state.clone());
+        tokio::spawn(gone.clone().run_until_cancelled_owned(watching));
         tokio::spawn(write_ops(write, layout.clone(), queue, state.clone()));
         Ok(Line {
             qmp: qmp.clone(),
             layout: layout.clone(),
             ops,
             state,
+            _alive: gone.drop_guard(),
         })
     }
 
@@ -340,11 +347,7 @@ fn request(
 
 async fn watch_qemu(mut events: Events, state: watch::Sender<State>) {
     loop {
-        let event = tokio::select! {
-            event = events.next() => event,
-            () = state.closed() => return,
-        };
-        match event {
+        match events.next().await {
             Ok(event) if event.name == "RESUME" => {
                 state.send_modify(|s| {
                     s.resumed.get_or_insert(event.at);

@@ -100,7 +100,7 @@ impl PrecopySink {
         let mut out = Vec::new();
         writer::ram_end(&mut out, &self.line.layout);
         out.extend(device_state);
-        writer::eof(&mut out);
+        writer::eof_described(&mut out);
         let written = self.line.end(out).await?;
         Ok(Switched { written })
     }

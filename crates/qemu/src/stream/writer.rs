@@ -131,7 +131,17 @@ pub fn package(out: &mut Vec<u8>, device_state: &[u8]) {
     out.extend(package);
 }
 
-/// The end of the stream.
+/// The end of a pre-copy's stream. QEMU waits for the description of the devices that its own streams
+/// carry there, and looks at nothing in it.
+pub fn eof_described(out: &mut Vec<u8>) {
+    const NOTHING: &[u8] = b"{}";
+    out.push(EOF);
+    out.push(VMDESCRIPTION);
+    out.extend((NOTHING.len() as u32).to_be_bytes());
+    out.extend(NOTHING);
+}
+
+/// The end of a post-copy's stream.
 pub fn eof(out: &mut Vec<u8>) {
     out.push(EOF);
 }
