@@ -72,6 +72,12 @@ impl ConfigError {
 
 impl From<ConfigError> for ApiError {
     fn from(error: ConfigError) -> ApiError {
+        ApiError::from(&error)
+    }
+}
+
+impl From<&ConfigError> for ApiError {
+    fn from(error: &ConfigError) -> ApiError {
         ApiError::new(ErrorCode::Invalid, error.to_string())
             .at(Some(error.path().display().to_string()))
             .machine_state("nothing was started or changed")

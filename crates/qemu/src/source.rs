@@ -319,9 +319,11 @@ impl RamSource {
             "the guest's stop",
             phase.wait_for(|p| *p != Phase::Copying),
         )
-        .await;
+        .await
+        // Cloned at once: the reference is a lock that no later wait may hold.
+        .map(|phase| phase.map(|p| p.clone()));
         let phase = match waited {
-            Ok(phase) => phase.map(|p| p.clone()),
+            Ok(phase) => phase,
             Err(timeout) => return Err(self.failure(timeout.to_string()).await),
         };
         if let Ok(Phase::Failed(reason)) = phase {
@@ -364,13 +366,13 @@ impl RamSource {
         let mut phase = self.shared.phase.subscribe();
         tokio::select! {
             () = self.store.wait_current(block, extent) => Ok(()),
-            failed = phase.wait_for(|p| matches!(p, Phase::Failed(_))) => {
-                let reason = match failed.map(|p| p.clone()) {
-                    Ok(Phase::Failed(reason)) => reason,
+            reason = async {
+                let failed = phase.wait_for(|p| matches!(p, Phase::Failed(_))).await;
+                match failed.as_deref() {
+                    Ok(Phase::Failed(reason)) => reason.clone(),
                     _ => "gone".into(),
-                };
-                Err(self.failure(reason).await)
-            }
+                }
+            } => Err(self.failure(reason).await),
         }
     }
 

@@ -74,6 +74,12 @@ impl SocketError {
 
 impl From<SocketError> for ApiError {
     fn from(error: SocketError) -> ApiError {
+        ApiError::from(&error)
+    }
+}
+
+impl From<&SocketError> for ApiError {
+    fn from(error: &SocketError) -> ApiError {
         let code = match error {
             SocketError::InUse { .. } => ErrorCode::Busy,
             SocketError::NotASocket { .. } | SocketError::PathTooLong { .. } => ErrorCode::Invalid,

@@ -173,6 +173,12 @@ fn repair(path: &Path) -> String {
 
 impl From<StateError> for ApiError {
     fn from(error: StateError) -> ApiError {
+        ApiError::from(&error)
+    }
+}
+
+impl From<&StateError> for ApiError {
+    fn from(error: &StateError) -> ApiError {
         ApiError::new(error.code(), error.to_string())
             .at(error.place().map(|p| p.display().to_string()))
             .machine_state(error.state_now())

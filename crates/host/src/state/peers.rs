@@ -20,8 +20,14 @@ pub fn trust(store: &TrustStore, request: TrustRequest) -> Result<(), ApiError> 
 
 impl From<PeerError> for ApiError {
     fn from(error: PeerError) -> ApiError {
+        ApiError::from(&error)
+    }
+}
+
+impl From<&PeerError> for ApiError {
+    fn from(error: &PeerError) -> ApiError {
         let told = |code, next: &str| ApiError::new(code, error.to_string()).next_step(next);
-        match &error {
+        match error {
             PeerError::File { path, .. } => told(
                 ErrorCode::Io,
                 "look at that file and its folder, then try again",

@@ -1,0 +1,413 @@
+//! A disk whose content is on the way: the engine's residency, the volume's file and its journal, joined.
+//!
+//! The way of a guest's read: [`SpaceIn::read`] says whether all units are resident; if not, the missing
+//! ones are demanded and the read waits for a ticket, which comes back when the last of them was stored.
+//! The way of a write: leave from the engine, the file, the journal (in the page cache), the answer; a
+//! flush makes the file durable, then the journal, then answers (I4). The way of a copy: leave from the
+//! engine, the file, residency, the journal when it suits.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use whimbrel_engine::inflow::{Change, FillPlan, Finished, ReadPlan, SpaceIn, WritePlan};
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SECTOR, SECTORS_PER_UNIT, SpaceId, UNIT};
+use whimbrel_nbd::{Errno, ZeroHow};
+use whimbrel_volume::VolumeError;
+use whimbrel_volume::digest::digest;
+use whimbrel_volume::journal::Journal;
+use whimbrel_volume::raw::RawFile;
+
+use super::Wants;
+use super::export::{errno, zeroes_of};
+use crate::wakers::Wakers;
+
+struct Inner {
+    space: SpaceIn,
+    wakers: Wakers,
+}
+
+/// A disk whose content is on the way.
+pub struct Filling {
+    id: SpaceId,
+    file: Arc<RawFile>,
+    journal: Journal,
+    wants: Arc<Wants>,
+    inner: Mutex<Inner>,
+    clock: Instant,
+    complete: watch::Sender<bool>,
+}
+
+/// What a stretch of disk looks like, to be compared with the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub stretch: Extent,
+    /// Units of the stretch that count, by their index within it.
+    pub included: UnitSet,
+    pub digest: u128,
+}
+
+enum Deed {
+    Write(Bytes),
+    Zero(ZeroHow),
+    Discard,
+}
+
+impl Filling {
+    /// `clock` is the migration's: latencies are counted from it.
+    pub fn new(
+        space: SpaceIn,
+        file: Arc<RawFile>,
+        journal: Journal,
+        wants: Arc<Wants>,
+        clock: Instant,
+    ) -> Self {
+        let (complete, _) = watch::channel(space.is_complete());
+        Filling {
+            id: space.info().id,
+            file,
+            journal,
+            wants,
+            inner: Mutex::new(Inner {
+                space,
+                wakers: Wakers::default(),
+            }),
+            clock,
+            complete,
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder of this lock panics")
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.elapsed().as_micros() as u64
+    }
+
+    pub fn id(&self) -> SpaceId {
+        self.id
+    }
+
+    /// The volume's name.
+    pub fn name(&self) -> String {
+        self.inner().space.info().name.clone()
+    }
+
+    /// Units of the disk.
+    pub fn units(&self) -> u64 {
+        self.inner().space.info().units()
+    }
+
+    /// Resident units.
+    pub fn resident(&self) -> u64 {
+        self.inner().space.resident().len()
+    }
+
+    /// Copies that came in vain.
+    pub fn late_copies(&self) -> u64 {
+        self.inner().space.late_copies()
+    }
+
+    /// What is resident, for a peer that reconnects.
+    pub fn held(&self) -> UnitSet {
+        self.inner().space.resident().clone()
+    }
+
+    /// Demands that were made and not answered.
+    pub fn outstanding(&self) -> Vec<Extent> {
+        self.inner().space.outstanding()
+    }
+
+    /// Resolves when every unit is resident.
+    pub async fn completed(&self) {
+        let mut complete = self.complete.subscribe();
+        let _ = complete.wait_for(|&done| done).await;
+    }
+
+    /// Makes what is stored durable, and the knowledge of it.
+    pub async fn make_durable(&self) -> Result<(), VolumeError> {
+        self.journal.barrier().await
+    }
+
+    /// Everything is here and verified: the journal has done its work.
+    pub async fn retire(&self) -> Result<(), VolumeError> {
+        self.make_durable().await?;
+        self.journal.complete().await
+    }
+
+    fn wake(&self, inner: &mut Inner, done: &Finished) {
+        inner.wakers.wake(&done.wake);
+        if inner.space.is_complete() {
+            self.complete.send_replace(true);
+        }
+    }
+
+    /// Waits until the byte range is resident, demanding what is not.
+    async fn have(&self, offset: u64, len: u64) {
+        let units = Extent::touching(offset, len);
+        let wait = {
+            let mut inner = self.inner();
+            match inner.space.read(units, self.now()) {
+                ReadPlan::Ready => return,
+                ReadPlan::Wait { ticket, demands } => {
+                    self.wants.demand(self.id, &demands);
+                    inner.wakers.register(ticket)
+                }
+            }
+        };
+        // The sender lives as long as the waiting entry; it is dropped unsent only with the whole disk.
+        let _ = wait.await;
+    }
+
+    pub async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
+        self.have(offset, u64::from(len)).await;
+        self.file
+            .read(offset, len as usize)
+            .await
+            .map_err(|e| errno(&e))
+    }
+
+    /// Starts to fetch the range and waits for nothing.
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        let demands = self
+            .inner()
+            .space
+            .want(Extent::touching(offset, len), self.now());
+        self.wants.demand(self.id, &demands);
+    }
+
+    pub async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
+        let len = data.len() as u64;
+        self.change(offset, len, Deed::Write(data)).await?;
+        if fua { self.flush().await } else { Ok(()) }
+    }
+
+    pub async fn zero(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
+        self.change(offset, len, Deed::Zero(how)).await?;
+        if how.fua { self.flush().await } else { Ok(()) }
+    }
+
+    /// Discards the whole units of the range: a part of a unit is not worth fetching the rest for.
+    pub async fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+        let start = offset.div_ceil(UNIT) * UNIT;
+        let end = (offset + len) / UNIT * UNIT;
+        if start < end {
+            self.change(start, end - start, Deed::Discard).await?;
+        }
+        if fua { self.flush().await } else { Ok(()) }
+    }
+
+    pub async fn flush(&self) -> Result<(), Errno> {
+        self.make_durable().await.map_err(|e| errno(&e))
+    }
+
+    async fn change(&self, offset: u64, len: u64, what: Deed) -> Result<(), Errno> {
+        let grant = loop {
+            let wait = {
+                let mut inner = self.inner();
+                match inner.space.begin_write(offset, len) {
+                    WritePlan::Go(grant) => break grant,
+                    WritePlan::Wait(ticket) => inner.wakers.register(ticket),
+                }
+            };
+            let _ = wait.await;
+        };
+        let result = match what {
+            Deed::Write(data) => self.file.write(offset, data).await,
+            Deed::Zero(how) => self.file.write_zeroes(offset, len, zeroes_of(how)).await,
+            Deed::Discard => self.file.discard(offset, len).await,
+        };
+        let done = {
+            let mut inner = self.inner();
+            let done = inner.space.end_write(grant, result.is_ok());
+            self.wake(&mut inner, &done);
+            done
+        };
+        result.map_err(|e| errno(&e))?;
+        if !done.changes.is_empty() {
+            self.journal
+                .record(done.changes.iter().copied().map(to_journal).collect())
+                .await
+                .map_err(|e| errno(&e))?;
+            self.inner().space.journalled(&done.changes);
+        }
+        // Only now: a source that forgot what no journal knows would leave the unit nowhere.
+        self.wants.forget(self.id, &done.forget);
+        Ok(())
+    }
+
+    /// Stores a copy that arrived. `bytes` holds whole units.
+    pub async fn fill(&self, extent: Extent, bytes: Bytes) -> Result<(), VolumeError> {
+        let grant = loop {
+            let wait = {
+                let mut inner = self.inner();
+                match inner.space.begin_fill(extent) {
+                    FillPlan::Go(grant) => break grant,
+                    FillPlan::Wait(ticket) => inner.wakers.register(ticket),
+                }
+            };
+            let _ = wait.await;
+        };
+        let mut result = Ok(());
+        for run in &grant.store {
+            result = self.store(*run, 0, &bytes, extent).await;
+            if result.is_err() {
+                break;
+            }
+        }
+        if result.is_ok() {
+            for &(unit, mask) in &grant.merge {
+                result = self.store(Extent::unit(unit), mask, &bytes, extent).await;
+                if result.is_err() {
+                    break;
+                }
+            }
+        }
+        let done = {
+            let mut inner = self.inner();
+            let done = inner.space.end_fill(grant, result.is_ok(), self.now());
+            self.wake(&mut inner, &done);
+            done
+        };
+        self.after_fill(done).await?;
+        result
+    }
+
+    /// Stores `run`, a part of the `extent` that `bytes` holds, but for the sectors in `keep`.
+    async fn store(
+        &self,
+        run: Extent,
+        keep: u8,
+        bytes: &Bytes,
+        extent: Extent,
+    ) -> Result<(), VolumeError> {
+        let base = ((run.start - extent.start) * UNIT) as usize;
+        let end = (run.byte_offset() + run.byte_len()).min(self.file.size());
+        if keep == 0 {
+            let len = (end - run.byte_offset()) as usize;
+            return self
+                .file
+                .write(run.byte_offset(), bytes.slice(base..base + len))
+                .await;
+        }
+        for sector in (0..SECTORS_PER_UNIT).filter(|s| keep >> s & 1 == 0) {
+            let at = run.byte_offset() + sector * SECTOR;
+            if at < end {
+                let from = base + (sector * SECTOR) as usize;
+                self.file
+                    .write(at, bytes.slice(from..from + SECTOR as usize))
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The source says that these units are zero. The file reads so already where nobody wrote.
+    pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
+        let done = {
+            let mut inner = self.inner();
+            let done = inner.space.zeroes(extent, self.now());
+            self.wake(&mut inner, &done);
+            done
+        };
+        self.after_fill(done).await
+    }
+
+    async fn after_fill(&self, done: Finished) -> Result<(), VolumeError> {
+        self.wants.answered(&done.answered);
+        // Copies can be had again, so their records may wait; where too many wait already they may not.
+        let urgent: Vec<_> = done
+            .changes
+            .into_iter()
+            .map(to_journal)
+            .filter(|&change| !self.journal.record_lazily(change))
+            .collect();
+        if urgent.is_empty() {
+            return Ok(());
+        }
+        self.journal.record(urgent).await
+    }
+
+    /// The digest of what a stretch of disk holds of the source's content, as read back from the file;
+    /// `None` if nothing of it does. Units that the guest writes meanwhile are left out and the rest is
+    /// read again, a bounded number of times: each round leaves out more.
+    pub async fn digest(&self, stretch: Extent) -> Result<Option<Verified>, VolumeError> {
+        let mut included = self.unwritten(stretch);
+        loop {
+            if included.is_empty() {
+                return Ok(None);
+            }
+            let digest = digest(&self.file, stretch, &absolute(stretch, &included))
+                .await?
+                .hash;
+            let after = self.unwritten(stretch);
+            if after == included {
+                return Ok(Some(Verified {
+                    stretch,
+                    included,
+                    digest,
+                }));
+            }
+            included = after;
+        }
+    }
+
+    /// Resident units of the stretch that the guest has not written, by index within the stretch.
+    fn unwritten(&self, stretch: Extent) -> UnitSet {
+        let inner = self.inner();
+        let mut set = UnitSet::empty(stretch.len);
+        for run in inner.space.resident().runs_within(stretch) {
+            set.insert(Extent::new(run.start - stretch.start, run.len));
+        }
+        for run in inner.space.guest_owned().runs_within(stretch) {
+            set.remove(Extent::new(run.start - stretch.start, run.len));
+        }
+        set
+    }
+
+    /// For block status: `(resident, written by the guest)` of a unit, and how many units share that.
+    pub fn residency_run(&self, from: u64, limit: u64) -> (bool, bool, u64) {
+        let inner = self.inner();
+        let resident = inner.space.resident();
+        let owned = inner.space.guest_owned();
+        let (is_resident, is_owned) = (resident.contains(from), owned.contains(from));
+        let ends = [
+            if is_resident {
+                resident.next_absent(from)
+            } else {
+                resident.next_present(from)
+            },
+            if is_owned {
+                owned.next_absent(from)
+            } else {
+                owned.next_present(from)
+            },
+        ];
+        let end = ends
+            .into_iter()
+            .flatten()
+            .fold(limit, |end, next| end.min(next));
+        (is_resident, is_owned, end - from)
+    }
+}
+
+/// A stretch's units by their index within it, as units of the volume.
+pub fn absolute(stretch: Extent, included: &UnitSet) -> UnitSet {
+    let mut set = UnitSet::empty(stretch.end());
+    for run in included.runs() {
+        set.insert(Extent::new(stretch.start + run.start, run.len));
+    }
+    set
+}
+
+fn to_journal(change: Change) -> whimbrel_volume::journal::Change {
+    use whimbrel_volume::journal::Change as J;
+    match change {
+        Change::Filled(run) => J::Filled(run),
+        Change::Written(run) => J::Written(run),
+        Change::PartlyWritten { unit, mask } => J::PartlyWritten { unit, mask },
+    }
+}

@@ -1,0 +1,113 @@
+//! A disk as its guest sees it: an NBD export over a volume, in whatever state the volume is.
+//!
+//! | mode | reads | writes | when |
+//! |---|---|---|---|
+//! | `Open` | from the file | to the file | the machine is ours and all content is here |
+//! | `Frozen` | from the file | refused (`EPERM`) | the guest was stopped to move away, or has moved |
+//! | `Arriving` | looked up at the source, nothing kept | refused | an incoming QEMU probes its disks before it owns them |
+//! | `Filling` | resident units from the file, others wait for the source | to the file | the machine is ours, its content is on the way |
+//!
+//! The mode is the fence of invariant I5: a write is admitted only in the two modes in which this host
+//! owns the machine, under a lock whose other side changes the mode. When [`Disk::freeze`] returns, every
+//! write that was acknowledged is in the file and none will follow.
+
+mod export;
+mod filling;
+mod wants;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::RwLock;
+use whimbrel_volume::VolumeError;
+use whimbrel_volume::raw::RawFile;
+
+pub use export::MachineDisks;
+pub use filling::{Filling, Verified, absolute};
+pub use wants::{Asked, DemandFigures, Wants};
+
+/// Reads a disk at the other end of a migration, without moving anything.
+pub trait Peek: Send + Sync {
+    /// `None` if the other end cannot be asked.
+    fn peek(
+        &self,
+        offset: u64,
+        len: u32,
+    ) -> Pin<Box<dyn Future<Output = Option<Bytes>> + Send + '_>>;
+}
+
+/// What a disk's guest may do now. See the module's table.
+#[derive(Clone)]
+pub enum Mode {
+    Open,
+    Frozen,
+    Arriving(Arc<dyn Peek>),
+    Filling(Arc<Filling>),
+}
+
+/// A volume that is served.
+pub struct Disk {
+    name: String,
+    size: u64,
+    file: Arc<RawFile>,
+    mode: RwLock<Mode>,
+    /// A guest has written or flushed since the mode last let it: proof that it ran here.
+    touched: AtomicBool,
+}
+
+impl Disk {
+    pub fn new(name: String, size: u64, file: Arc<RawFile>, mode: Mode) -> Self {
+        Disk {
+            name,
+            size,
+            file,
+            mode: RwLock::new(mode),
+            touched: AtomicBool::new(false),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub fn file(&self) -> &Arc<RawFile> {
+        &self.file
+    }
+
+    /// Whether the guest has written since the mode was last set.
+    pub fn was_touched(&self) -> bool {
+        self.touched.load(Ordering::Acquire)
+    }
+
+    /// The content being filled, while it is.
+    pub async fn filling(&self) -> Option<Arc<Filling>> {
+        match &*self.mode.read().await {
+            Mode::Filling(filling) => Some(filling.clone()),
+            Mode::Open | Mode::Frozen | Mode::Arriving(_) => None,
+        }
+    }
+
+    /// Changes what the guest may do, after the writes under way have ended.
+    pub async fn set_mode(&self, mode: Mode) {
+        let mut now = self.mode.write().await;
+        self.touched.store(false, Ordering::Release);
+        *now = mode;
+    }
+
+    /// Ends the guest's writes and makes what it wrote durable.
+    ///
+    /// # Errors
+    /// The volume's, if it cannot be synced; the disk is frozen all the same.
+    pub async fn freeze(&self) -> Result<(), VolumeError> {
+        self.set_mode(Mode::Frozen).await;
+        self.file.sync().await
+    }
+}

@@ -1,0 +1,23 @@
+//! What everything in the daemon shares.
+
+use whimbrel_peer::identity::Identity;
+use whimbrel_peer::pace::Pace;
+use whimbrel_peer::trust::TrustStore;
+use whimbrel_volume::pool::Pool;
+
+use crate::config::Config;
+use crate::state::StateDir;
+
+/// This host.
+pub struct Host {
+    pub config: Config,
+    pub state: StateDir,
+    /// What this host calls itself.
+    pub name: String,
+    pub identity: Identity,
+    pub trust: TrustStore,
+    /// Where volumes' I/O runs.
+    pub pool: Pool,
+    /// The bandwidth of all migrations together.
+    pub pace: Pace,
+}

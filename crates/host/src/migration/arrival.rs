@@ -1,0 +1,305 @@
+//! The destination's session: it waits for the source to dial, stores what comes, and says what it wants.
+//!
+//! See [`departure`](super::departure) for the lives of a session. A life begins here with the control
+//! connection, on which this side first says what it holds. When a newer control connection comes, the
+//! life there is gives way: the source has given it up already, or it would not dial.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId};
+use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
+use whimbrel_peer::hello::Class;
+use whimbrel_wire::frame::Kind;
+use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap};
+
+use super::arrivals::Arrivals;
+use super::lane::{
+    Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, until_first_ends,
+};
+use super::peeks::Peeks;
+use crate::disk::Wants;
+
+/// Events that wait for the driver; the control connection is not read meanwhile.
+const EVENTS: usize = 256;
+
+/// Connections of a session that wait to be taken up; more are turned away.
+const DOORSTEP: usize = 8;
+
+/// The destination's session.
+pub struct Arrival {
+    pub mouth: Mouth,
+    pub pulse: Arc<Pulse>,
+    pub events: mpsc::Receiver<LinkEvent>,
+    door: mpsc::Sender<(Class, Connection)>,
+    stop: CancellationToken,
+}
+
+impl Arrival {
+    pub fn start(arrivals: Arc<Arrivals>, wants: Arc<Wants>, peeks: Arc<Peeks>) -> Self {
+        let (sender, events) = mpsc::channel(EVENTS);
+        let (door, doorstep) = mpsc::channel(DOORSTEP);
+        let arrival = Arrival {
+            mouth: Mouth::default(),
+            pulse: Arc::new(Pulse::default()),
+            events,
+            door,
+            stop: CancellationToken::new(),
+        };
+        let life = Life {
+            mouth: arrival.mouth.clone(),
+            pulse: arrival.pulse.clone(),
+            events: sender,
+            arrivals,
+            wants,
+            peeks,
+        };
+        tokio::spawn(run(doorstep, life, arrival.stop.clone()));
+        arrival
+    }
+
+    /// Where connections of this session are handed in.
+    pub fn door(&self) -> mpsc::Sender<(Class, Connection)> {
+        self.door.clone()
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+#[derive(Clone)]
+struct Life {
+    mouth: Mouth,
+    pulse: Arc<Pulse>,
+    events: mpsc::Sender<LinkEvent>,
+    arrivals: Arc<Arrivals>,
+    wants: Arc<Wants>,
+    peeks: Arc<Peeks>,
+}
+
+async fn run(
+    mut doorstep: mpsc::Receiver<(Class, Connection)>,
+    life: Life,
+    stop: CancellationToken,
+) {
+    let mut next = None;
+    loop {
+        let connection = match next.take() {
+            Some(connection) => connection,
+            None => tokio::select! {
+                come = doorstep.recv() => match come {
+                    Some((Class::Control, connection)) => connection,
+                    // A push connection that outlived its life.
+                    Some((Class::Push(_), _)) => continue,
+                    None => return,
+                },
+                () = stop.cancelled() => return,
+            },
+        };
+        let (error, newer) = live(connection, &mut doorstep, &life, &stop).await;
+        // What this life brought is stored before the next says what is held.
+        life.arrivals.idle().await;
+        life.wants.link_down();
+        life.peeks.forget_all();
+        life.pulse.down();
+        life.mouth.close();
+        next = newer;
+        if stop.is_cancelled() || life.events.send(LinkEvent::Down(error)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// One life, to its end; and the control connection that ended it, if one did.
+async fn live(
+    connection: Connection,
+    doorstep: &mut mpsc::Receiver<(Class, Connection)>,
+    life: &Life,
+    stop: &CancellationToken,
+) -> (LaneError, Option<Connection>) {
+    let end = stop.child_token();
+    let mut tasks = JoinSet::new();
+    life.arrivals.begin_life();
+    let outbox = life.mouth.open();
+    let (pongs, pong_queue) = mpsc::channel(8);
+    let (sender, receiver) = connection.split();
+    life.pulse.up();
+    tasks.spawn(guard(
+        end.clone(),
+        control_out(sender, outbox, pong_queue, life.clone()),
+    ));
+    tasks.spawn(guard(
+        end.clone(),
+        control_in(receiver, pongs, life.clone()),
+    ));
+    loop {
+        tokio::select! {
+            ended = tasks.join_next() => {
+                let error = match ended {
+                    Some(Ok(Err(error))) => error,
+                    _ => LaneError::Closed,
+                };
+                let _ = until_first_ends(tasks, end).await;
+                return (error, None);
+            }
+            come = doorstep.recv() => match come {
+                Some((Class::Push(_), connection)) => {
+                    let (_, receiver) = connection.split();
+                    tasks.spawn(guard(end.clone(), push_in(receiver, life.clone())));
+                }
+                Some((Class::Control, connection)) => {
+                    end.cancel();
+                    let _ = until_first_ends(tasks, end).await;
+                    return (LaneError::Replaced, Some(connection));
+                }
+                None => {
+                    end.cancel();
+                    let _ = until_first_ends(tasks, end).await;
+                    return (LaneError::Closed, None);
+                }
+            },
+        }
+    }
+}
+
+async fn guard(
+    end: CancellationToken,
+    work: impl Future<Output = Result<(), LaneError>>,
+) -> Result<(), LaneError> {
+    tokio::select! {
+        result = work => result,
+        () = end.cancelled() => Err(LaneError::Closed),
+    }
+}
+
+async fn control_out(
+    mut sender: FrameSender,
+    mut outbox: mpsc::Receiver<Message>,
+    mut pongs: mpsc::Receiver<bytes::Bytes>,
+    life: Life,
+) -> Result<(), LaneError> {
+    for (space, held) in life.arrivals.held() {
+        for message in holdings(space, &held) {
+            say(&mut sender, &message).await?;
+        }
+    }
+    say(&mut sender, &Message::HaveEnd).await?;
+    // From here on everything wanted is gathered; what was wanted before is asked again now.
+    life.wants.link_up();
+    for (space, runs) in life.arrivals.outstanding() {
+        for runs in runs.chunks(MAX_RUNS) {
+            let runs = runs.to_vec();
+            say(&mut sender, &Message::Demand { space, runs }).await?;
+        }
+    }
+    if life.events.send(LinkEvent::Up).await.is_err() {
+        return Err(LaneError::Closed);
+    }
+    let mut ping = tokio::time::interval(PING_EVERY);
+    loop {
+        tokio::select! {
+            biased;
+            asked = life.wants.take() => {
+                for (space, asked) in asked {
+                    for runs in asked.demands.chunks(MAX_RUNS) {
+                        let runs = runs.to_vec();
+                        say(&mut sender, &Message::Demand { space, runs }).await?;
+                    }
+                    for runs in asked.forgets.chunks(MAX_RUNS) {
+                        let runs = runs.to_vec();
+                        say(&mut sender, &Message::Forget { space, runs }).await?;
+                    }
+                }
+            }
+            message = outbox.recv() => match message {
+                Some(message) => say(&mut sender, &message).await?,
+                None => return Err(LaneError::Closed),
+            },
+            Some(payload) = pongs.recv() => sender.send(Kind::Pong, &payload, bytes::Bytes::new()).await?,
+            _ = ping.tick() => {
+                let payload = life.pulse.ping();
+                sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
+            }
+        }
+    }
+}
+
+/// What is held of a space, in messages. Stretches of which nothing is held are left out.
+fn holdings(space: SpaceId, held: &UnitSet) -> Vec<Message> {
+    let mut messages = Vec::new();
+    let mut first = 0;
+    while first < held.capacity() {
+        let units = MAX_BITMAP_UNITS.min(held.capacity() - first);
+        let mut part = UnitSet::empty(units);
+        for run in held.runs_within(Extent::new(first, units)) {
+            part.insert(Extent::new(run.start - first, run.len));
+        }
+        // The first stretch is always said, so that the source knows the space was spoken of.
+        if first == 0 || !part.is_empty() {
+            messages.push(Message::Have {
+                space,
+                first,
+                units,
+                packed: pack_bitmap(&part),
+            });
+        }
+        first += units;
+    }
+    messages
+}
+
+async fn control_in(
+    mut receiver: FrameReceiver,
+    pongs: mpsc::Sender<bytes::Bytes>,
+    life: Life,
+) -> Result<(), LaneError> {
+    // Demanded units are stored one after the other: they are small, and QEMU or a guest waits for each.
+    loop {
+        match hear(&mut receiver, &life.pulse).await? {
+            Heard::Ping(payload) => {
+                // Full only if the peer pings faster than it reads answers.
+                let _ = pongs.try_send(payload);
+            }
+            Heard::Pong => {}
+            Heard::Units(units) => life.arrivals.take(units).await?,
+            Heard::Message(Message::Empty {
+                space,
+                first,
+                units,
+                packed,
+            }) => {
+                let set = unpack_bitmap(units, &packed)?;
+                life.arrivals.zeroes(space, first, set).await?;
+            }
+            // Here and not by the driver, who may itself wait for a QEMU that waits for this.
+            Heard::Message(Message::Peeked { id, bytes }) => life.peeks.answer(id, bytes),
+            Heard::Message(message) => {
+                let event = LinkEvent::Heard(Box::new(message));
+                if life.events.send(event).await.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
+        }
+    }
+}
+
+/// Stores one frame after the other: a page that is pre-copied twice must end as the second copy.
+async fn push_in(mut receiver: FrameReceiver, life: Life) -> Result<(), LaneError> {
+    loop {
+        match hear(&mut receiver, &life.pulse).await? {
+            Heard::Units(units) => life.arrivals.take(units).await?,
+            Heard::Ping(_) | Heard::Pong => {}
+            Heard::Message(_) => {
+                return Err(LaneError::OutOfPlace {
+                    said: "a message on a push connection",
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! What arrives at the destination, and where it goes: disks into their files, RAM into QEMU.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+use whimbrel_engine::inflow::{FillPlan, SpaceIn};
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
+use whimbrel_qemu::sink::{PostcopySink, PrecopySink};
+use whimbrel_volume::VolumeError;
+use whimbrel_wire::units::{Encoding, Units};
+
+use crate::disk::{Filling, Wants};
+use crate::wakers::Wakers;
+
+/// Content that could not be stored.
+#[derive(Debug, thiserror::Error)]
+pub enum ArrivalError {
+    #[error("storing {space}: {source}")]
+    Disk { space: SpaceId, source: VolumeError },
+    #[error("giving {space} to QEMU: {source}")]
+    Ram {
+        space: SpaceId,
+        source: whimbrel_qemu::Error,
+    },
+    #[error("the peer sent {extent} of {space}, which does not exist")]
+    NoSuchUnits { space: SpaceId, extent: Extent },
+    #[error("the peer sent {space} before the machine was handed over")]
+    TooEarly { space: SpaceId },
+}
+
+/// How RAM reaches the destination's QEMU.
+pub enum RamSink {
+    Postcopy(PostcopySink),
+    Precopy(PrecopySink),
+}
+
+#[derive(Default)]
+struct Blocks {
+    spaces: Vec<SpaceIn>,
+    /// One for each block: tickets are numbered by space.
+    wakers: Vec<Wakers>,
+}
+
+/// The RAM blocks, all going to one QEMU.
+pub struct RamIn {
+    /// Space id of block 0; block `i` is the `i`th after it.
+    first: u16,
+    sink: RamSink,
+    blocks: Mutex<Blocks>,
+    wants: Arc<Wants>,
+    clock: Instant,
+    complete: watch::Sender<bool>,
+}
+
+impl RamIn {
+    pub fn new(spaces: Vec<SpaceInfo>, sink: RamSink, wants: Arc<Wants>, clock: Instant) -> Self {
+        let blocks = Blocks {
+            wakers: spaces.iter().map(|_| Wakers::default()).collect(),
+            spaces: spaces.iter().cloned().map(SpaceIn::absent).collect(),
+        };
+        RamIn {
+            first: spaces.first().map_or(0, |s| s.id.0),
+            sink,
+            blocks: Mutex::new(blocks),
+            wants,
+            clock,
+            complete: watch::Sender::new(false),
+        }
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, Blocks> {
+        self.blocks.lock().expect("no holder of this lock panics")
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.elapsed().as_micros() as u64
+    }
+
+    pub fn sink(&self) -> &RamSink {
+        &self.sink
+    }
+
+    fn block_of(&self, space: SpaceId) -> Option<usize> {
+        let block = usize::from(space.0.checked_sub(self.first)?);
+        (block < self.blocks().spaces.len()).then_some(block)
+    }
+
+    fn space_of(&self, block: usize) -> SpaceId {
+        SpaceId(self.first + block as u16)
+    }
+
+    /// QEMU asks for pages: those that nobody has asked for yet are demanded.
+    pub fn request(&self, block: usize, extent: Extent) {
+        let now = self.now();
+        let demands = match self.blocks().spaces.get_mut(block) {
+            Some(space) => space.want(extent, now),
+            None => return,
+        };
+        self.wants.demand(self.space_of(block), &demands);
+    }
+
+    /// Units in place, by block.
+    pub fn resident(&self) -> Vec<(SpaceId, u64)> {
+        let first = self.first;
+        let blocks = self.blocks();
+        let of = |(i, b): (usize, &SpaceIn)| (SpaceId(first + i as u16), b.resident().len());
+        blocks.spaces.iter().enumerate().map(of).collect()
+    }
+
+    pub fn held(&self) -> Vec<(SpaceId, UnitSet)> {
+        let first = self.first;
+        let blocks = self.blocks();
+        let of = |(i, b): (usize, &SpaceIn)| (SpaceId(first + i as u16), b.resident().clone());
+        blocks.spaces.iter().enumerate().map(of).collect()
+    }
+
+    pub fn outstanding(&self) -> Vec<(SpaceId, Vec<Extent>)> {
+        let first = self.first;
+        let blocks = self.blocks();
+        let of = |(i, b): (usize, &SpaceIn)| (SpaceId(first + i as u16), b.outstanding());
+        blocks.spaces.iter().enumerate().map(of).collect()
+    }
+
+    pub fn late_copies(&self) -> u64 {
+        self.blocks().spaces.iter().map(SpaceIn::late_copies).sum()
+    }
+
+    /// Resolves when every page is in place.
+    pub async fn completed(&self) {
+        // The sender is this object, so the wait cannot fail while somebody waits on it.
+        let _ = self.complete.subscribe().wait_for(|&done| done).await;
+    }
+
+    async fn place(
+        &self,
+        block: usize,
+        extent: Extent,
+        bytes: Option<Bytes>,
+    ) -> Result<(), whimbrel_qemu::Error> {
+        match (&self.sink, bytes) {
+            (RamSink::Postcopy(sink), Some(bytes)) => sink.place(block, extent.start, bytes).await,
+            (RamSink::Postcopy(sink), None) => sink.place_zero(block, extent).await,
+            (RamSink::Precopy(sink), Some(bytes)) => sink.place(block, extent.start, bytes).await,
+            (RamSink::Precopy(sink), None) => sink.place_zero(block, extent).await,
+        }
+    }
+
+    /// `bytes` is `None` for zero pages. Must run to its end: units being filled belong to this call.
+    async fn fill(
+        &self,
+        block: usize,
+        extent: Extent,
+        bytes: Option<Bytes>,
+    ) -> Result<(), whimbrel_qemu::Error> {
+        if matches!(self.sink, RamSink::Precopy(_)) {
+            // A page may come again, newer: then it is placed again.
+            self.place(block, extent, bytes.clone()).await?;
+        }
+        let grant = loop {
+            let wait = {
+                let mut blocks = self.blocks();
+                match blocks.spaces[block].begin_fill(extent) {
+                    FillPlan::Go(grant) => break grant,
+                    FillPlan::Wait(ticket) => blocks.wakers[block].register(ticket),
+                }
+            };
+            let _ = wait.await;
+        };
+        let mut result = Ok(());
+        if matches!(self.sink, RamSink::Postcopy(_)) {
+            for run in &grant.store {
+                let part = bytes.as_ref().map(|bytes| {
+                    let from = ((run.start - extent.start) * UNIT) as usize;
+                    bytes.slice(from..from + run.byte_len() as usize)
+                });
+                result = self.place(block, *run, part).await;
+                if result.is_err() {
+                    break;
+                }
+            }
+        }
+        let now = self.now();
+        let mut blocks = self.blocks();
+        let done = blocks.spaces[block].end_fill(grant, result.is_ok(), now);
+        blocks.wakers[block].wake(&done.wake);
+        if blocks.spaces.iter().all(SpaceIn::is_complete) {
+            self.complete.send_replace(true);
+        }
+        drop(blocks);
+        self.wants.answered(&done.answered);
+        result
+    }
+}
+
+/// Where arriving content goes.
+#[derive(Default)]
+pub struct Arrivals {
+    disks: Mutex<Vec<Arc<Filling>>>,
+    ram: Mutex<Option<Arc<RamIn>>>,
+    /// RAM may be placed now: always for a pre-copy, from the hand-over on for a post-copy.
+    ram_gate: watch::Sender<bool>,
+    /// Units frames stored so far.
+    frames: watch::Sender<u64>,
+    /// Fills at work. They run to their end whatever becomes of the connection that brought them.
+    at_work: TaskTracker,
+}
+
+impl Arrivals {
+    pub fn set_disks(&self, disks: Vec<Arc<Filling>>) {
+        *self.disks.lock().expect("no holder of this lock panics") = disks;
+    }
+
+    pub fn disks(&self) -> Vec<Arc<Filling>> {
+        self.disks
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
+    }
+
+    pub fn set_ram(&self, ram: Arc<RamIn>) {
+        *self.ram.lock().expect("no holder of this lock panics") = Some(ram);
+    }
+
+    pub fn ram(&self) -> Option<Arc<RamIn>> {
+        self.ram
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone()
+    }
+
+    pub fn open_ram(&self) {
+        self.ram_gate.send_replace(true);
+    }
+
+    /// A life of the session begins: no frame of it was stored yet.
+    pub fn begin_life(&self) {
+        self.frames.send_replace(0);
+    }
+
+    /// Resolves when this many units frames of this life have been stored.
+    pub async fn frames_stored(&self, count: u64) {
+        let _ = self.frames.subscribe().wait_for(|&n| n >= count).await;
+    }
+
+    /// Resolves when no fill is at work. No connection may be reading meanwhile.
+    pub async fn idle(&self) {
+        self.at_work.close();
+        self.at_work.wait().await;
+        self.at_work.reopen();
+    }
+
+    /// Stores one frame. Waits while the frame is early: that holds up its connection, which is the
+    /// bound on what waits.
+    pub async fn take(&self, units: Units) -> Result<(), ArrivalError> {
+        let space = units.space;
+        let target = self.target(space).await?;
+        for &extent in &units.runs {
+            target.check(space, extent)?;
+        }
+        let storing = self.at_work.spawn(async move {
+            for (extent, bytes) in units.pieces() {
+                let content = match units.encoding {
+                    Encoding::Raw => Some(bytes),
+                    Encoding::Zero => None,
+                };
+                target.fill(space, extent, content).await?;
+            }
+            Ok(())
+        });
+        finished(storing).await?;
+        self.frames.send_modify(|n| *n += 1);
+        Ok(())
+    }
+
+    /// The source says that these units are zero.
+    pub async fn zeroes(
+        &self,
+        space: SpaceId,
+        first: u64,
+        set: UnitSet,
+    ) -> Result<(), ArrivalError> {
+        let target = self.target(space).await?;
+        let whole = Extent::new(first, set.capacity());
+        target.check(space, whole)?;
+        let storing = self.at_work.spawn(async move {
+            for run in set.runs() {
+                let extent = Extent::new(first + run.start, run.len);
+                target.fill(space, extent, None).await?;
+            }
+            Ok(())
+        });
+        finished(storing).await
+    }
+
+    /// Who takes the content of a space, once it may be taken.
+    async fn target(&self, space: SpaceId) -> Result<Target, ArrivalError> {
+        if let Some(disk) = self.disks().into_iter().find(|d| d.id() == space) {
+            return Ok(Target::Disk(disk));
+        }
+        let ram = self.ram().ok_or(ArrivalError::TooEarly { space })?;
+        let block = ram
+            .block_of(space)
+            .ok_or(ArrivalError::TooEarly { space })?;
+        // The sender is this object, so the wait cannot fail while somebody waits on it.
+        let _ = self.ram_gate.subscribe().wait_for(|&open| open).await;
+        Ok(Target::Ram(ram, block))
+    }
+
+    /// What is held, by space, for a source that reconnects.
+    pub fn held(&self) -> Vec<(SpaceId, UnitSet)> {
+        let mut held: Vec<_> = self.disks().iter().map(|d| (d.id(), d.held())).collect();
+        held.extend(self.ram().map(|ram| ram.held()).unwrap_or_default());
+        held
+    }
+
+    /// Demands that were made and not answered.
+    pub fn outstanding(&self) -> Vec<(SpaceId, Vec<Extent>)> {
+        let disks = self.disks();
+        let mut all: Vec<_> = disks.iter().map(|d| (d.id(), d.outstanding())).collect();
+        all.extend(self.ram().map(|ram| ram.outstanding()).unwrap_or_default());
+        all
+    }
+
+    pub fn late_copies(&self) -> u64 {
+        let disks: u64 = self.disks().iter().map(|d| d.late_copies()).sum();
+        disks + self.ram().map_or(0, |ram| ram.late_copies())
+    }
+}
+
+enum Target {
+    Disk(Arc<Filling>),
+    Ram(Arc<RamIn>, usize),
+}
+
+impl Target {
+    fn check(&self, space: SpaceId, extent: Extent) -> Result<(), ArrivalError> {
+        let units = match self {
+            Target::Disk(disk) => disk.units(),
+            Target::Ram(ram, block) => ram.blocks().spaces[*block].info().units(),
+        };
+        let fits = extent
+            .start
+            .checked_add(extent.len)
+            .is_some_and(|end| end <= units);
+        if fits {
+            Ok(())
+        } else {
+            Err(ArrivalError::NoSuchUnits { space, extent })
+        }
+    }
+
+    /// `content` is `None` for zeroes.
+    async fn fill(
+        &self,
+        space: SpaceId,
+        extent: Extent,
+        content: Option<Bytes>,
+    ) -> Result<(), ArrivalError> {
+        match self {
+            Target::Disk(disk) => match content {
+                Some(bytes) => disk.fill(extent, bytes).await,
+                None => disk.zeroes(extent).await,
+            }
+            .map_err(|source| ArrivalError::Disk { space, source }),
+            Target::Ram(ram, block) => ram
+                .fill(*block, extent, content)
+                .await
+                .map_err(|source| ArrivalError::Ram { space, source }),
+        }
+    }
+}
+
+/// The result of a fill, whose task is never cancelled and whose panic is this task's.
+async fn finished(
+    storing: tokio::task::JoinHandle<Result<(), ArrivalError>>,
+) -> Result<(), ArrivalError> {
+    match storing.await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => unreachable!("fills are not cancelled while the daemon's runtime lives"),
+        },
+    }
+}

@@ -1,0 +1,457 @@
+//! The source's session: it dials, and keeps dialling, and lets content flow when the peer has said what
+//! it holds.
+//!
+//! A life of the session is one control connection and the push connections, up together and down
+//! together. Whatever breaks one ends the life; the next begins with a new dial. Each life begins with
+//! the destination's `Have` and `HaveEnd`: only then may content flow, so nothing that arrived is sent
+//! again and nothing that was lost is forgotten.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use whimbrel_engine::outflow::Class as CopyClass;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId};
+use whimbrel_peer::backoff::Backoff;
+use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
+use whimbrel_peer::hello::Class;
+use whimbrel_peer::pace::Pace;
+use whimbrel_wire::frame::{HEADER_LEN, Kind};
+use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
+use whimbrel_wire::units::{Encoding, Units};
+
+use super::flow::{Answer, Content, Flow};
+use super::lane::{
+    Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, send_units, until_first_ends,
+};
+use crate::disk::absolute;
+use crate::peers::Dialler;
+
+/// Longest wait between two tries to reach the peer.
+const BACKOFF_CEILING: Duration = Duration::from_secs(10);
+const BACKOFF_FIRST: Duration = Duration::from_millis(200);
+
+/// Events that wait for the driver; the control connection is not read meanwhile.
+const EVENTS: usize = 256;
+
+/// Side jobs of the control reader (peeks and digests) at once; more wait in the connection.
+const SIDE_JOBS: usize = 16;
+
+/// The source's session.
+pub struct Departure {
+    pub mouth: Mouth,
+    pub pulse: Arc<Pulse>,
+    pub events: mpsc::Receiver<LinkEvent>,
+    stop: CancellationToken,
+}
+
+/// What a session works with.
+#[derive(Clone)]
+pub struct Gear {
+    pub dialler: Arc<Dialler>,
+    pub flow: Arc<Flow>,
+    pub pace: Pace,
+    /// Push connections.
+    pub pushes: u16,
+    /// RAM's content still changes here: set until the stop.
+    pub ram_changes: watch::Receiver<bool>,
+}
+
+impl Departure {
+    /// Starts with a connection that was dialled already, so that the first failure is an error to whoever
+    /// asked for the migration.
+    pub fn start(first: Connection, gear: Gear) -> Self {
+        let (sender, events) = mpsc::channel(EVENTS);
+        let departure = Departure {
+            mouth: Mouth::default(),
+            pulse: Arc::new(Pulse::default()),
+            events,
+            stop: CancellationToken::new(),
+        };
+        let life = Life {
+            gear,
+            mouth: departure.mouth.clone(),
+            pulse: departure.pulse.clone(),
+            events: sender,
+        };
+        tokio::spawn(run(Some(first), life, departure.stop.clone()));
+        departure
+    }
+
+    /// As [`start`](Self::start), for a migration that a restarted daemon takes up again.
+    pub fn redial(gear: Gear) -> Self {
+        let (sender, events) = mpsc::channel(EVENTS);
+        let departure = Departure {
+            mouth: Mouth::default(),
+            pulse: Arc::new(Pulse::default()),
+            events,
+            stop: CancellationToken::new(),
+        };
+        let life = Life {
+            gear,
+            mouth: departure.mouth.clone(),
+            pulse: departure.pulse.clone(),
+            events: sender,
+        };
+        tokio::spawn(run(None, life, departure.stop.clone()));
+        departure
+    }
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+#[derive(Clone)]
+struct Life {
+    gear: Gear,
+    mouth: Mouth,
+    pulse: Arc<Pulse>,
+    events: mpsc::Sender<LinkEvent>,
+}
+
+async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken) {
+    let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_CEILING, 1);
+    loop {
+        let dialled = match first.take() {
+            Some(connection) => Ok(connection),
+            None => tokio::select! {
+                dialled = life.gear.dialler.dial(Class::Control) => dialled,
+                () = stop.cancelled() => return,
+            },
+        };
+        let error = match dialled {
+            Ok(connection) => {
+                backoff.reset();
+                let ended = live(connection, &life, &stop).await;
+                life.pulse.down();
+                life.mouth.close();
+                ended
+            }
+            Err(error) => LaneError::Peer(error),
+        };
+        if stop.is_cancelled() {
+            return;
+        }
+        let passes = match &error {
+            LaneError::Peer(error) => error.may_pass(),
+            _ => true,
+        };
+        let event = if passes {
+            LinkEvent::Down(error)
+        } else {
+            LinkEvent::Dead(error)
+        };
+        if life.events.send(event).await.is_err() || !passes {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.next_wait()) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// One life of the session, to its end.
+async fn live(connection: Connection, life: &Life, stop: &CancellationToken) -> LaneError {
+    let end = stop.child_token();
+    let mut tasks = JoinSet::new();
+    life.gear.flow.begin_life();
+    let (told, _) = watch::channel(false);
+    let told = Arc::new(told);
+    let outbox = life.mouth.open();
+    let (pongs, pong_queue) = mpsc::channel(8);
+    let (sender, receiver) = connection.split();
+    life.pulse.up();
+    tasks.spawn(guard(
+        end.clone(),
+        control_out(sender, outbox, pong_queue, life.clone(), told.subscribe()),
+    ));
+    tasks.spawn(guard(
+        end.clone(),
+        control_in(receiver, pongs, life.clone(), told.clone()),
+    ));
+    for n in 0..life.gear.pushes {
+        tasks.spawn(guard(
+            end.clone(),
+            push_out(n, life.clone(), told.subscribe()),
+        ));
+    }
+    until_first_ends(tasks, end).await
+}
+
+async fn guard(
+    end: CancellationToken,
+    work: impl Future<Output = Result<(), LaneError>>,
+) -> Result<(), LaneError> {
+    tokio::select! {
+        result = work => result,
+        () = end.cancelled() => Err(LaneError::Closed),
+    }
+}
+
+/// Messages first, then demands; pings when it is time.
+async fn control_out(
+    mut sender: FrameSender,
+    mut outbox: mpsc::Receiver<Message>,
+    mut pongs: mpsc::Receiver<bytes::Bytes>,
+    life: Life,
+    mut told: watch::Receiver<bool>,
+) -> Result<(), LaneError> {
+    let flow = life.gear.flow.clone();
+    let mut ping = tokio::time::interval(PING_EVERY);
+    loop {
+        let ready = *told.borrow_and_update();
+        tokio::select! {
+            biased;
+            message = outbox.recv() => match message {
+                Some(message) => say(&mut sender, &message).await?,
+                None => return Err(LaneError::Closed),
+            },
+            Some(payload) = pongs.recv() => sender.send(Kind::Pong, &payload, bytes::Bytes::new()).await?,
+            _ = ping.tick() => {
+                let payload = life.pulse.ping();
+                sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
+            }
+            answer = async { flow.opened().await; flow.next_demand().await }, if ready => {
+                answer_demand(&mut sender, answer, &life).await?;
+            }
+            changed = told.changed(), if !ready => {
+                if changed.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
+        }
+    }
+}
+
+async fn answer_demand(
+    sender: &mut FrameSender,
+    answer: Answer,
+    life: &Life,
+) -> Result<(), LaneError> {
+    let flow = &life.gear.flow;
+    let (units, count) = content_of(answer, CopyClass::Demand, flow).await?;
+    let space = units.space;
+    life.gear.pace.charge(units.body.len() as u64);
+    let bytes = send_units(sender, units).await?;
+    flow.count(space, CopyClass::Demand, count, bytes);
+    Ok(())
+}
+
+/// What to send, and how many units of content are in it.
+async fn content_of(
+    answer: Answer,
+    class: CopyClass,
+    flow: &Flow,
+) -> Result<(Units, u64), LaneError> {
+    match answer {
+        Answer::Zero(space, run) => {
+            let units = Units {
+                space,
+                class,
+                encoding: Encoding::Zero,
+                runs: vec![run],
+                body: bytes::Bytes::new(),
+            };
+            Ok((units, 0))
+        }
+        Answer::Batch(batch) => {
+            let units = flow.load(&batch).await?;
+            let count = units.units();
+            Ok((units, count))
+        }
+    }
+}
+
+async fn push_out(
+    number: u16,
+    life: Life,
+    mut told: watch::Receiver<bool>,
+) -> Result<(), LaneError> {
+    let connection = life.gear.dialler.dial(Class::Push(number)).await?;
+    tracing::debug!(push = number, sockets = ?connection.sockets(), "push connection");
+    let (mut sender, mut receiver) = connection.split();
+    let flow = life.gear.flow.clone();
+    let sending = async {
+        if told.wait_for(|&told| told).await.is_err() {
+            return Err(LaneError::Closed);
+        }
+        flow.opened().await;
+        loop {
+            let answer = flow.next_push().await;
+            let (units, count) = content_of(answer, CopyClass::Push, &flow).await?;
+            let announced = (HEADER_LEN + units.body.len()) as u64;
+            life.gear.pace.acquire(announced).await;
+            let space = units.space;
+            let bytes = send_units(&mut sender, units).await?;
+            flow.count(space, CopyClass::Push, count, bytes);
+        }
+    };
+    // Nothing is said on the way back; reading is how a broken connection is noticed at once.
+    let listening = async {
+        loop {
+            receiver.recv().await?;
+        }
+    };
+    tokio::select! {
+        result = sending => result,
+        result = listening => result,
+    }
+}
+
+/// What the peer has said of one space since the connection was made.
+#[derive(Default)]
+struct Holdings(BTreeMap<SpaceId, UnitSet>);
+
+impl Holdings {
+    fn note(
+        &mut self,
+        flow: &Flow,
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        packed: &[u8],
+    ) -> Result<(), LaneError> {
+        let part = unpack_bitmap(units, packed)?;
+        let Some(capacity) = flow.units_of(space) else {
+            return Ok(());
+        };
+        let set = self
+            .0
+            .entry(space)
+            .or_insert_with(|| UnitSet::empty(capacity));
+        for run in part.runs() {
+            set.insert(Extent::new(first.saturating_add(run.start), run.len));
+        }
+        Ok(())
+    }
+}
+
+async fn control_in(
+    mut receiver: FrameReceiver,
+    pongs: mpsc::Sender<bytes::Bytes>,
+    life: Life,
+    told: Arc<watch::Sender<bool>>,
+) -> Result<(), LaneError> {
+    let flow = life.gear.flow.clone();
+    let mut holdings = Holdings::default();
+    let jobs = Arc::new(tokio::sync::Semaphore::new(SIDE_JOBS));
+    let mut running = JoinSet::new();
+    loop {
+        while running.try_join_next().is_some() {}
+        match hear(&mut receiver, &life.pulse).await? {
+            Heard::Ping(payload) => {
+                // Full only if the peer pings faster than it reads answers.
+                let _ = pongs.try_send(payload);
+            }
+            Heard::Pong => {}
+            Heard::Units(_) => return Err(LaneError::OutOfPlace { said: "units" }),
+            Heard::Message(Message::Demand { space, runs }) => flow.demand(space, &runs),
+            Heard::Message(Message::Forget { space, runs }) => flow.forget(space, &runs),
+            Heard::Message(Message::Have {
+                space,
+                first,
+                units,
+                packed,
+            }) => holdings.note(&flow, space, first, units, &packed)?,
+            Heard::Message(Message::HaveEnd) => {
+                let changing = *life.gear.ram_changes.borrow();
+                for (space, held) in std::mem::take(&mut holdings.0) {
+                    let is_ram = matches!(flow.content(space), Some(Content::Ram { .. }));
+                    flow.peer_has(space, &held, is_ram && changing);
+                }
+                told.send_replace(true);
+                if life.events.send(LinkEvent::Up).await.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
+            Heard::Message(Message::Peek {
+                id,
+                space,
+                offset,
+                len,
+            }) => {
+                let permit = jobs.clone().acquire_owned().await;
+                let (flow, mouth) = (flow.clone(), life.mouth.clone());
+                running.spawn(async move {
+                    let bytes = peek(&flow, space, offset, len).await;
+                    mouth.say(Message::Peeked { id, bytes }).await;
+                    drop(permit);
+                });
+            }
+            Heard::Message(Message::Digest {
+                space,
+                first,
+                units,
+                packed,
+                digest,
+            }) => {
+                let included = unpack_bitmap(units, &packed)?;
+                let permit = jobs.clone().acquire_owned().await;
+                let (flow, mouth) = (flow.clone(), life.mouth.clone());
+                running.spawn(async move {
+                    let same = same_digest(&flow, space, first, &included, digest).await;
+                    let answer = Message::DigestAnswer { space, first, same };
+                    mouth.say(answer).await;
+                    drop(permit);
+                });
+            }
+            Heard::Message(message) => {
+                let event = LinkEvent::Heard(Box::new(message));
+                if life.events.send(event).await.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
+        }
+    }
+}
+
+async fn peek(flow: &Flow, space: SpaceId, offset: u64, len: u32) -> Option<Vec<u8>> {
+    let Some(Content::Disk(file)) = flow.content(space) else {
+        return None;
+    };
+    if len > MAX_PEEK || offset.checked_add(u64::from(len))? > file.size() {
+        return None;
+    }
+    match file.read(offset, len as usize).await {
+        Ok(bytes) => Some(bytes.to_vec()),
+        Err(error) => {
+            tracing::warn!(%error, "the destination looked at a disk that cannot be read");
+            None
+        }
+    }
+}
+
+async fn same_digest(
+    flow: &Flow,
+    space: SpaceId,
+    first: u64,
+    included: &UnitSet,
+    digest: u128,
+) -> bool {
+    let Some(Content::Disk(file)) = flow.content(space) else {
+        return false;
+    };
+    let stretch = Extent::new(first, included.capacity().min(MAX_BITMAP_UNITS));
+    if flow
+        .units_of(space)
+        .is_none_or(|units| stretch.end() > units)
+    {
+        return false;
+    }
+    let ours = whimbrel_volume::digest::digest(&file, stretch, &absolute(stretch, included)).await;
+    match ours {
+        Ok(ours) => ours.hash == digest,
+        Err(error) => {
+            tracing::warn!(%error, "a stretch cannot be read for verification");
+            false
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! What flows out of the source: the engine's [`Outflow`], joined with where the content is.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use tokio::sync::{Notify, watch};
+use whimbrel_engine::outflow::{Batch, Class, Outflow, Tally};
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
+use whimbrel_qemu::store::RamStore;
+use whimbrel_volume::raw::RawFile;
+use whimbrel_wire::units::{Encoding, MAX_UNITS, MAX_ZERO_UNITS, Units};
+
+/// Units of one demanded frame: small, so that several demands take turns.
+const DEMAND_UNITS: u64 = 16;
+
+/// Most answers "that is zero" that wait to be said; the destination demands again what it misses after
+/// a reconnect, so dropping the oldest loses nothing but time.
+const MAX_ZERO_ANSWERS: usize = 4096;
+
+/// Where a space's content is read from.
+#[derive(Clone)]
+pub enum Content {
+    Disk(Arc<RawFile>),
+    Ram { store: Arc<RamStore>, block: usize },
+}
+
+/// Content that could not be read at the source.
+#[derive(Debug, thiserror::Error)]
+pub enum FlowError {
+    #[error("reading {space} for the copy: {source}")]
+    Disk {
+        space: SpaceId,
+        source: whimbrel_volume::VolumeError,
+    },
+    #[error("reading {space} for the copy: {source}")]
+    Ram {
+        space: SpaceId,
+        source: whimbrel_qemu::Error,
+    },
+}
+
+/// Bytes and units handed to the link for one space. Bytes count frames with their headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    pub demand_bytes: u64,
+    pub push_bytes: u64,
+    pub units: u64,
+}
+
+impl Sent {
+    pub fn bytes(&self) -> u64 {
+        self.demand_bytes + self.push_bytes
+    }
+}
+
+struct Inner {
+    out: Outflow,
+    contents: Vec<Content>,
+    sent: Vec<Sent>,
+    zero_answers: VecDeque<(SpaceId, Extent)>,
+    /// Zeroes that go the way of push, in order with it.
+    zero_pushes: VecDeque<(SpaceId, Extent)>,
+    /// Units frames handed to the connections of this life of the session.
+    frames: u64,
+}
+
+/// What flows out of the source.
+pub struct Flow {
+    inner: Mutex<Inner>,
+    demanded: Notify,
+    pushable: Notify,
+    /// Whether content may leave at all: policy opens it, at the latest with the grant.
+    open: watch::Sender<bool>,
+}
+
+impl Default for Flow {
+    fn default() -> Self {
+        Flow {
+            inner: Mutex::new(Inner {
+                out: Outflow::new(Vec::new()),
+                contents: Vec::new(),
+                sent: Vec::new(),
+                zero_answers: VecDeque::new(),
+                zero_pushes: VecDeque::new(),
+                frames: 0,
+            }),
+            demanded: Notify::new(),
+            pushable: Notify::new(),
+            open: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Flow {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder of this lock panics")
+    }
+
+    /// Adds the next space.
+    pub fn add(&self, info: SpaceInfo, content: Content) {
+        let mut inner = self.inner();
+        inner.out.add(info);
+        inner.contents.push(content);
+        inner.sent.push(Sent::default());
+    }
+
+    /// Lets content leave.
+    pub fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Resolves while content may leave.
+    pub async fn opened(&self) {
+        // The sender is this object, so the wait cannot fail while somebody waits on it.
+        let _ = self.open.subscribe().wait_for(|&open| open).await;
+    }
+
+    /// Changes what there is to send, then wakes whoever sends.
+    pub fn change<T>(&self, f: impl FnOnce(&mut Outflow) -> T) -> T {
+        let result = f(&mut self.inner().out);
+        self.demanded.notify_one();
+        self.pushable.notify_waiters();
+        self.pushable.notify_one();
+        result
+    }
+
+    /// The destination waits for these. Spaces and units that do not exist are ignored: the peer is told
+    /// nothing new by an error, and the guest's own bounds were checked there.
+    pub fn demand(&self, space: SpaceId, runs: &[Extent]) {
+        let mut inner = self.inner();
+        if inner.out.info(space).is_none() {
+            return;
+        }
+        for &run in runs {
+            let outcome = inner.out.demand(space, run);
+            for empty in outcome.empty {
+                if inner.zero_answers.len() == MAX_ZERO_ANSWERS {
+                    inner.zero_answers.pop_front();
+                }
+                inner.zero_answers.push_back((space, empty));
+            }
+        }
+        drop(inner);
+        self.demanded.notify_one();
+        self.pushable.notify_one();
+    }
+
+    pub fn forget(&self, space: SpaceId, runs: &[Extent]) {
+        let mut inner = self.inner();
+        if inner.out.info(space).is_some() {
+            for &run in runs {
+                inner.out.forget(space, run);
+            }
+        }
+    }
+
+    /// The number of units of a space, if there is such a space.
+    pub fn units_of(&self, space: SpaceId) -> Option<u64> {
+        self.inner().out.info(space).map(SpaceInfo::units)
+    }
+
+    pub fn infos(&self) -> Vec<SpaceInfo> {
+        self.inner().out.infos().cloned().collect()
+    }
+
+    pub fn content(&self, space: SpaceId) -> Option<Content> {
+        self.inner().contents.get(usize::from(space.0)).cloned()
+    }
+
+    pub fn tally(&self, space: SpaceId) -> Tally {
+        self.inner().out.tally(space)
+    }
+
+    pub fn sent(&self, space: SpaceId) -> Sent {
+        self.inner().sent[usize::from(space.0)]
+    }
+
+    /// The next demanded units, when there are any: waits.
+    pub async fn next_demand(&self) -> Answer {
+        loop {
+            {
+                let mut inner = self.inner();
+                if let Some((space, run)) = inner.zero_answers.pop_front() {
+                    inner.frames += 1;
+                    return Answer::Zero(space, run);
+                }
+                if let Some(batch) = inner.out.next_demand(DEMAND_UNITS) {
+                    inner.frames += 1;
+                    return Answer::Batch(batch);
+                }
+            }
+            self.demanded.notified().await;
+        }
+    }
+
+    /// The next units to push, when there are any: waits.
+    pub async fn next_push(&self) -> Answer {
+        loop {
+            {
+                let mut inner = self.inner();
+                if let Some((space, run)) = inner.zero_pushes.pop_front() {
+                    inner.frames += 1;
+                    return Answer::Zero(space, run);
+                }
+                if let Some(batch) = inner.out.next_push(MAX_UNITS) {
+                    inner.frames += 1;
+                    return Answer::Batch(batch);
+                }
+            }
+            self.pushable.notified().await;
+        }
+    }
+
+    /// Says by way of push, in order with what was pushed before, that these units are zero. Bounded by
+    /// the runs of the spaces' sets of zero units.
+    pub fn push_zeroes(&self, space: SpaceId, runs: impl IntoIterator<Item = Extent>) {
+        let runs = runs.into_iter().flat_map(|run| {
+            (0..run.len.div_ceil(MAX_ZERO_UNITS)).map(move |n| {
+                let start = run.start + n * MAX_ZERO_UNITS;
+                Extent::new(start, MAX_ZERO_UNITS.min(run.end() - start))
+            })
+        });
+        let runs = runs.map(|run| (space, run));
+        self.inner().zero_pushes.extend(runs);
+        self.pushable.notify_one();
+    }
+
+    /// A life of the session begins: no frame was handed to it yet.
+    pub fn begin_life(&self) {
+        self.inner().frames = 0;
+    }
+
+    /// Units frames handed to the connections of this life.
+    pub fn frames(&self) -> u64 {
+        self.inner().frames
+    }
+
+    /// Whether every zero that was to go by way of push has been handed out.
+    pub fn zeroes_are_pushed(&self) -> bool {
+        self.inner().zero_pushes.is_empty()
+    }
+
+    /// A batch that did not leave.
+    pub fn put_back(&self, batch: &Batch) {
+        self.change(|out| out.put_back(batch));
+    }
+
+    /// What a batch cost.
+    pub fn count(&self, space: SpaceId, class: Class, units: u64, bytes: u64) {
+        let mut inner = self.inner();
+        let sent = &mut inner.sent[usize::from(space.0)];
+        sent.units += units;
+        match class {
+            Class::Demand => sent.demand_bytes += bytes,
+            Class::Push => sent.push_bytes += bytes,
+        }
+    }
+
+    /// Reads a batch's content.
+    pub async fn load(&self, batch: &Batch) -> Result<Units, FlowError> {
+        let space = batch.space;
+        let (content, len) = {
+            let inner = self.inner();
+            let len = inner.out.info(space).map_or(0, |info| info.len);
+            (inner.contents[usize::from(space.0)].clone(), len)
+        };
+        let mut whole = Vec::new();
+        let mut single = None;
+        match content {
+            Content::Ram { store, block } => {
+                whole.reserve((batch.units() * UNIT) as usize);
+                for run in &batch.runs {
+                    store
+                        .read(block, run.start, run.len, &mut whole)
+                        .map_err(|source| FlowError::Ram { space, source })?;
+                }
+            }
+            Content::Disk(file) => {
+                for run in &batch.runs {
+                    let bytes = (len - run.byte_offset()).min(run.byte_len());
+                    let part = file
+                        .read(run.byte_offset(), bytes as usize)
+                        .await
+                        .map_err(|source| FlowError::Disk { space, source })?;
+                    if batch.runs.len() == 1 && bytes == run.byte_len() {
+                        single = Some(part);
+                    } else {
+                        whole.extend_from_slice(&part);
+                        let short = (run.byte_len() - bytes) as usize;
+                        whole.resize(whole.len() + short, 0);
+                    }
+                }
+            }
+        }
+        Ok(Units {
+            space,
+            class: batch.class,
+            encoding: Encoding::Raw,
+            runs: batch.runs.clone(),
+            body: single.unwrap_or_else(|| Bytes::from(whole)),
+        })
+    }
+
+    /// After a reconnect: what the peer holds of a space. `still_changing` while the guest runs here.
+    pub fn peer_has(&self, space: SpaceId, held: &UnitSet, still_changing: bool) {
+        self.change(|out| {
+            let fits = out
+                .info(space)
+                .is_some_and(|i| i.units() == held.capacity());
+            if fits && still_changing {
+                out.peer_received(space, held);
+            } else if fits {
+                out.peer_has(space, held);
+            }
+        });
+    }
+}
+
+/// What a demand is answered with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Batch(Batch),
+    /// These units are zero.
+    Zero(SpaceId, Extent),
+}

@@ -1,0 +1,781 @@
+//! The destination's driver: performs what the engine's [`Destination`] decides.
+//!
+//! One task a migration, begun by the source's first connection. The stretch that counts is from the
+//! grant to QEMU's RESUME: one durable line in the journal, the disks' mode, the package into QEMU.
+//! Records that describe the new state at leisure are written when the guest runs.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
+use whimbrel_engine::inflow::SpaceIn;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind, UNIT};
+use whimbrel_engine::switchover::{
+    Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
+};
+use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
+use whimbrel_qemu::stream::{RamBlock, StreamLayout};
+use whimbrel_wire::message::{Grant, Layout, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack};
+
+use super::arrival::Arrival;
+use super::arrivals::{Arrivals, RamIn, RamSink};
+use super::board::Board;
+use super::landing::{Landing, Plan};
+use super::lane::LinkEvent;
+use super::peeks::{DiskPeek, Peeks};
+use super::record::MigrationJournal;
+use super::report;
+use super::verify::{Answers, verify};
+use crate::api::error::{ApiError, ErrorCode};
+use crate::api::types::{MigrationState, SpaceProgress};
+use crate::disk::{Disk, Filling, Mode, Wants};
+use crate::host::Host;
+use crate::machine::{Boot, Running, start};
+use crate::machines::{Machine, Machines};
+use crate::state::{MachineRuntime, MigrationId, Ownership, Timestamp};
+
+/// Packed device state that may gather before a grant.
+const MAX_STATE: usize = MAX_DEVICE_STATE;
+
+/// How often figures are gathered and told to the source.
+const SAMPLE: Duration = Duration::from_millis(250);
+
+/// Most RAM blocks a machine may have.
+const MAX_BLOCKS: usize = 4096;
+
+/// What a migration to here starts with.
+pub struct Setup {
+    pub host: Arc<Host>,
+    pub machines: Arc<Machines>,
+    pub migration: MigrationId,
+    pub board: Arc<Board>,
+    pub journal: MigrationJournal,
+    pub link: Arrival,
+    pub arrivals: Arc<Arrivals>,
+    pub wants: Arc<Wants>,
+    pub peeks: Arc<Peeks>,
+}
+
+/// What this driver's own tasks tell it.
+enum Inner {
+    /// RAM is in place and QEMU has taken it; or it could not.
+    Ram(Result<(), whimbrel_qemu::Error>),
+    /// Disks are complete, verified and durable; how many units were compared.
+    Disks(Result<u64, super::verify::VerifyError>),
+    /// QEMU's connection failed after the guest ran.
+    SinkFailed(whimbrel_qemu::Error),
+}
+
+/// A migration to here.
+pub struct Incoming {
+    setup: Setup,
+    switch: Destination,
+    todo: VecDeque<Action>,
+    offer: Option<Box<Prepare>>,
+    landing: Option<Landing>,
+    running: Option<Running>,
+    ram_mode: RamMode,
+    layout: Option<StreamLayout>,
+    ram: Option<Arc<RamIn>>,
+    requests: Option<AbortOnDropHandle<()>>,
+    state_parts: Vec<u8>,
+    state: Option<Vec<u8>>,
+    refusal: Option<String>,
+    inner: mpsc::Receiver<Inner>,
+    tell: mpsc::Sender<Inner>,
+    tasks: Vec<AbortOnDropHandle<()>>,
+    answers: Arc<Answers>,
+    ram_done: bool,
+    disks_done: bool,
+    verified_units: u64,
+    resumed_at: Option<Duration>,
+    machine: Option<Arc<Machine>>,
+    over: Option<Phase>,
+    /// Taken up from a journal: its epoch is known.
+    known: bool,
+}
+
+impl Incoming {
+    pub fn new(setup: Setup) -> Self {
+        let (tell, inner) = mpsc::channel(16);
+        Incoming {
+            setup,
+            switch: Destination::new(Epoch(0)),
+            todo: VecDeque::new(),
+            offer: None,
+            landing: None,
+            running: None,
+            ram_mode: RamMode::Postcopy,
+            layout: None,
+            ram: None,
+            requests: None,
+            state_parts: Vec::new(),
+            state: None,
+            refusal: None,
+            inner,
+            tell,
+            tasks: Vec::new(),
+            answers: Arc::new(Answers::default()),
+            ram_done: false,
+            disks_done: false,
+            verified_units: 0,
+            resumed_at: None,
+            machine: None,
+            over: None,
+            known: false,
+        }
+    }
+
+    fn event(&mut self, event: DestinationEvent) {
+        let actions = self.switch.handle(event);
+        self.todo.extend(actions);
+    }
+
+    /// Takes up a migration that an earlier daemon was in: only to answer what became of it.
+    pub fn resume(&mut self, destination: Destination) {
+        self.switch = destination;
+        self.known = true;
+    }
+
+    /// Runs the migration to its end, and stays a little to answer a source that did not hear it.
+    pub async fn run(mut self) {
+        let mut sample = tokio::time::interval(SAMPLE);
+        let mut linger = None;
+        loop {
+            while let Some(action) = self.todo.pop_front() {
+                self.perform(action).await;
+            }
+            self.setup.board.phase(self.switch.phase());
+            if self.over.is_some() && linger.is_none() {
+                linger = Some(tokio::time::Instant::now() + super::LINGER);
+            }
+            if linger.is_some_and(|until| tokio::time::Instant::now() > until) {
+                break;
+            }
+            tokio::select! {
+                event = self.setup.link.events.recv() => match event {
+                    Some(event) => self.heard(event).await,
+                    None => break,
+                },
+                Some(inner) = self.inner.recv() => self.inner(inner),
+                _ = sample.tick() => self.sample().await,
+            }
+        }
+    }
+
+    async fn heard(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up => {
+                self.setup.board.link(|link| {
+                    link.connected = true;
+                    link.since = Timestamp::now();
+                    link.waiting_for = None;
+                });
+                if let Some(at) = self.resumed_at {
+                    self.say_ran(at).await;
+                }
+                self.event(DestinationEvent::LinkUp);
+            }
+            LinkEvent::Down(error) | LinkEvent::Dead(error) => {
+                let waiting = format!("{error}; waiting for the source to connect again");
+                self.setup.board.link(|link| {
+                    link.connected = false;
+                    link.since = Timestamp::now();
+                    link.reconnects += 1;
+                    link.waiting_for = Some(waiting.clone());
+                });
+                if self.over.is_none() {
+                    self.setup.board.tell(format!("link lost: {waiting}"));
+                }
+            }
+            LinkEvent::Heard(message) => self.message(*message).await,
+        }
+    }
+
+    async fn message(&mut self, message: Message) {
+        match message {
+            Message::Prepare(offer) => {
+                let epoch = offer.epoch;
+                if self.offer.is_none() && !self.known {
+                    self.switch = Destination::new(epoch);
+                    self.offer = Some(offer);
+                }
+                self.event(DestinationEvent::Heard(Say::Prepare { epoch }));
+            }
+            Message::Layout(layout) => self.take_layout(layout).await,
+            Message::StatePart(part) => {
+                if self.state_parts.len() + part.len() <= MAX_STATE {
+                    self.state_parts.extend(part);
+                }
+            }
+            Message::Grant(grant) => self.granted(grant),
+            Message::Own { say, why } => {
+                if let (Say::Cancel { epoch }, Some(why)) = (say, why) {
+                    tracing::info!(%epoch, why, "the source cancels");
+                    self.refusal = Some(why);
+                }
+                if self.offer.is_none() && !self.known {
+                    // A question about a migration that this host knows nothing of.
+                    self.switch = Destination::new(epoch_of(say));
+                }
+                self.event(DestinationEvent::Heard(say));
+            }
+            Message::RamEnd { frames } => {
+                let (arrivals, mouth) =
+                    (self.setup.arrivals.clone(), self.setup.link.mouth.clone());
+                self.spawn(async move {
+                    arrivals.frames_stored(frames).await;
+                    mouth.say(Message::RamTaken).await;
+                });
+            }
+            Message::DigestAnswer { space, first, same } => {
+                self.answers.answer(space, first, same);
+            }
+            other => {
+                tracing::warn!(
+                    ?other,
+                    "a message that has no place at a destination is ignored"
+                );
+            }
+        }
+    }
+
+    fn spawn(&mut self, work: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.push(AbortOnDropHandle::new(tokio::spawn(work)));
+    }
+
+    fn granted(&mut self, grant: Grant) {
+        let whole = self.state_parts.len() == grant.parts_len as usize;
+        let mut packed = std::mem::take(&mut self.state_parts);
+        packed.extend(&grant.state);
+        match unpack(&packed, MAX_DEVICE_STATE) {
+            Ok(state) if whole => self.state = Some(state),
+            // Nothing is answered: the source says it again after it reconnects, or asks.
+            Ok(_) | Err(_) => {
+                self.setup
+                    .board
+                    .tell("the grant's device state did not arrive whole");
+                return;
+            }
+        }
+        self.event(DestinationEvent::Heard(Say::Grant { epoch: grant.epoch }));
+    }
+
+    fn inner(&mut self, inner: Inner) {
+        match inner {
+            Inner::Ram(Ok(())) => {
+                self.setup.board.tell("all of RAM is here");
+                self.ram_done = true;
+            }
+            Inner::Ram(Err(error)) => self.trouble(format!("RAM: {error}")),
+            Inner::Disks(Ok(units)) => {
+                self.verified_units = units;
+                self.setup
+                    .board
+                    .tell("all disks are here, and equal to the source's by digest");
+                self.disks_done = true;
+            }
+            Inner::Disks(Err(error)) => self.trouble(format!("disks: {error}")),
+            Inner::SinkFailed(error) => self.trouble(format!("QEMU: {error}")),
+        }
+        if self.ram_done && self.disks_done {
+            self.event(DestinationEvent::NothingAbsent);
+        }
+    }
+
+    /// Something failed that this daemon cannot put right, with the guest this host's.
+    fn trouble(&mut self, what: String) {
+        self.setup.board.fail(
+            MigrationState::NeedsOperator,
+            ApiError::new(ErrorCode::NeedsOperator, what)
+                .machine_state("this host owns the machine; it may have stopped")
+                .next_step("look at `machine show` and at qemu.log in the machine's folder; the source keeps all it had at the switchover"),
+        );
+    }
+
+    async fn perform(&mut self, action: Action) {
+        match action {
+            Action::Journal(record) => self.journal(record),
+            Action::Send(say) => self.say(say).await,
+            Action::MakeReady => self.make_ready().await,
+            Action::RunGuest { epoch } => self.run_guest(epoch).await,
+            Action::CleanUp => self.clean_up().await,
+            Action::Finish(phase) => self.finish(phase).await,
+            // Only after a restart, which is not driven from here.
+            Action::Inspect => {}
+            Action::StartCopy | Action::StopGuest | Action::KeepGuest { .. } | Action::Drain => {
+                unreachable!("only a source's state machine asks for {action:?}")
+            }
+        }
+    }
+
+    fn journal(&mut self, record: Record) {
+        let appended = tokio::task::block_in_place(|| self.setup.journal.append(record));
+        let Err(error) = appended else { return };
+        tracing::error!(%error, "the migration's journal cannot be written");
+        self.refusal = Some(format!("its journal cannot be written: {error}"));
+        if let Record::Preparing { .. } | Record::Accepted { .. } = record {
+            // Not durable, so not acted on. A refusal is not durable either, but holds all the same: a
+            // destination that knows of no acceptance never accepts.
+            self.todo.clear();
+            self.event(DestinationEvent::Failed);
+        }
+    }
+
+    async fn say(&mut self, say: Say) {
+        let message = match say {
+            Say::Prepared { epoch } => Message::Prepared {
+                epoch,
+                ram: self.ram_mode,
+                note: self.refusal.take(),
+            },
+            say => Message::Own {
+                say,
+                why: self.refusal.clone(),
+            },
+        };
+        self.setup.link.mouth.say(message).await;
+    }
+
+    // ---- making ready ----
+
+    async fn make_ready(&mut self) {
+        match self.try_make_ready().await {
+            Ok(()) => self.event(DestinationEvent::Ready),
+            Err(why) => {
+                tracing::warn!(why, "cannot take the machine in");
+                self.refusal = Some(why);
+                self.event(DestinationEvent::Failed);
+            }
+        }
+    }
+
+    async fn try_make_ready(&mut self) -> Result<(), String> {
+        let offer = self.offer.clone().ok_or("nothing was offered")?;
+        let host = self.setup.host.clone();
+        let probe = crate::machine::probe(&host.config)
+            .await
+            .map_err(|e| e.to_string())?;
+        probe
+            .concrete(&offer.machine_type)
+            .map_err(|e| e.to_string())?;
+        let plan = Plan::make(&host, &self.setup.migration, &offer).map_err(|e| e.to_string())?;
+        let landing = match plan.clone().carry_out(&host, &self.setup.migration).await {
+            Ok(landing) => landing,
+            Err(error) => {
+                plan.undo(&host).await;
+                return Err(error.to_string());
+            }
+        };
+        let disks = landing.volumes.iter().enumerate().map(|(n, volume)| {
+            let peek = DiskPeek {
+                space: SpaceId(n as u16),
+                peeks: self.setup.peeks.clone(),
+                mouth: self.setup.link.mouth.clone(),
+            };
+            Arc::new(Disk::new(
+                volume.record.name.to_string(),
+                volume.record.size,
+                volume.file.clone(),
+                Mode::Arriving(Arc::new(peek)),
+            ))
+        });
+        let disks = disks.collect();
+        let spec = landing.plan().spec.clone();
+        let folder = host.state.machine_folder(&spec.name);
+        self.landing = Some(landing);
+        let boot = Boot::Incoming {
+            machine_type: &offer.machine_type,
+        };
+        let running = start(&host.config, &folder, &spec, disks, boot)
+            .await
+            .map_err(|e| e.to_string())?;
+        self.ram_mode = match offer.ram {
+            RamMode::Precopy => RamMode::Precopy,
+            asked => match (postcopy_possible(&running.qmp).await, asked) {
+                (Ok(()), _) => RamMode::Postcopy,
+                (Err(error), RamMode::Postcopy) => {
+                    self.running = Some(running);
+                    return Err(format!(
+                        "{error}; let the daemon run as root, set vm.unprivileged_userfaultfd=1, or ask for `--ram precopy`"
+                    ));
+                }
+                (Err(error), _) => {
+                    self.refusal = Some(format!("RAM goes by pre-copy: {error}"));
+                    RamMode::Precopy
+                }
+            },
+        };
+        self.running = Some(running);
+        Ok(())
+    }
+
+    async fn take_layout(&mut self, layout: Layout) {
+        if self.layout.is_some() {
+            self.setup.link.mouth.say(Message::LayoutTaken).await;
+            return;
+        }
+        match self.try_take_layout(layout).await {
+            Ok(()) => self.setup.link.mouth.say(Message::LayoutTaken).await,
+            Err(why) => {
+                self.refusal = Some(why);
+                self.event(DestinationEvent::Failed);
+            }
+        }
+    }
+
+    async fn try_take_layout(&mut self, layout: Layout) -> Result<(), String> {
+        let running = self.running.as_ref().ok_or("a layout before the machine")?;
+        if layout.blocks.len() > MAX_BLOCKS {
+            return Err(format!("{} RAM blocks are too many", layout.blocks.len()));
+        }
+        let layout = StreamLayout {
+            configuration: layout.configuration,
+            ram_section: layout.ram_section,
+            ram_instance: layout.ram_instance,
+            blocks: layout
+                .blocks
+                .into_iter()
+                .map(|b| RamBlock {
+                    name: b.name,
+                    len: b.len,
+                    page_size: b.page_size,
+                })
+                .collect(),
+        };
+        let first = running.disks.len();
+        let spaces: Vec<SpaceInfo> = layout
+            .blocks
+            .iter()
+            .enumerate()
+            .map(|(n, b)| SpaceInfo {
+                id: SpaceId((first + n) as u16),
+                kind: SpaceKind::Ram,
+                name: b.name.clone(),
+                len: b.len,
+            })
+            .collect();
+        let socket = self.ram_socket();
+        let (sink, requests) = match self.ram_mode {
+            RamMode::Precopy => {
+                let sink = PrecopySink::start(&running.qmp, &socket, &layout)
+                    .await
+                    .map_err(|e| e.to_string())?;
+                (RamSink::Precopy(sink), None)
+            }
+            RamMode::Postcopy | RamMode::Auto => {
+                let (sink, requests) = PostcopySink::start(&running.qmp, &socket, &layout)
+                    .await
+                    .map_err(|e| e.to_string())?;
+                (RamSink::Postcopy(sink), Some(requests))
+            }
+        };
+        let wants = self.setup.wants.clone();
+        let ram = Arc::new(RamIn::new(spaces, sink, wants, self.setup.board.clock()));
+        self.setup.arrivals.set_ram(ram.clone());
+        if let Some(mut requests) = requests {
+            let ram = ram.clone();
+            self.requests = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+                while let Some((block, extent)) = requests.recv().await {
+                    ram.request(block, extent);
+                }
+            })));
+        } else {
+            self.setup.arrivals.open_ram();
+        }
+        self.ram = Some(ram);
+        self.layout = Some(layout);
+        Ok(())
+    }
+
+    fn ram_socket(&self) -> PathBuf {
+        let folder = self.setup.host.state.machine_folder(
+            &self
+                .landing
+                .as_ref()
+                .expect("a layout is taken only after making ready")
+                .plan()
+                .spec
+                .name,
+        );
+        folder.join("ram.sock")
+    }
+
+    // ---- the switchover ----
+
+    async fn run_guest(&mut self, epoch: Epoch) {
+        let outcome = self.try_run_guest().await;
+        match outcome {
+            Ok(at) => {
+                self.resumed_at = Some(at);
+                self.say_ran(at).await;
+                self.event(DestinationEvent::Running);
+                self.settle(epoch).await;
+            }
+            Err(why) => {
+                let touched = self
+                    .running
+                    .iter()
+                    .flat_map(|r| &r.disks)
+                    .any(|disk| disk.was_touched());
+                if touched {
+                    // It wrote, so it ran: nobody but a person may say what that means.
+                    self.trouble(format!("{why}; yet the guest has written here"));
+                    return;
+                }
+                self.refusal = Some(why);
+                self.event(DestinationEvent::Failed);
+            }
+        }
+    }
+
+    /// Gives QEMU the machine; QEMU's own time of RESUME.
+    async fn try_run_guest(&mut self) -> Result<Duration, String> {
+        let missing = "the grant came before the machine was ready";
+        let state = self.state.take().ok_or(missing)?;
+        let ram = self.ram.clone().ok_or(missing)?;
+        let running = self.running.as_ref().ok_or(missing)?;
+        let landing = self.landing.as_mut().ok_or(missing)?;
+        let mut fillings = Vec::new();
+        for (n, (volume, disk)) in landing.volumes.iter_mut().zip(&running.disks).enumerate() {
+            let info = SpaceInfo {
+                id: SpaceId(n as u16),
+                kind: SpaceKind::Disk,
+                name: volume.record.name.to_string(),
+                len: volume.record.size,
+            };
+            let journal = volume.journal.take().ok_or(missing)?;
+            let filling = Arc::new(Filling::new(
+                SpaceIn::absent(info),
+                volume.file.clone(),
+                journal,
+                self.setup.wants.clone(),
+                self.setup.board.clock(),
+            ));
+            disk.set_mode(Mode::Filling(filling.clone())).await;
+            fillings.push(filling);
+        }
+        self.setup.arrivals.set_disks(fillings);
+        match ram.sink() {
+            RamSink::Postcopy(sink) => {
+                let layout = self.layout.as_ref().ok_or(missing)?;
+                let none: Vec<UnitSet> = layout
+                    .blocks
+                    .iter()
+                    .map(|b| UnitSet::empty(b.units()))
+                    .collect();
+                sink.run(&state, &none).await.map_err(|e| e.to_string())?;
+                self.setup.arrivals.open_ram();
+                sink.resumed().await.map_err(|e| e.to_string())
+            }
+            RamSink::Precopy(sink) => {
+                sink.run(&state).await.map_err(|e| e.to_string())?;
+                sink.resumed().await.map_err(|e| e.to_string())
+            }
+        }
+    }
+
+    async fn say_ran(&self, at: Duration) {
+        let at_us = at.as_micros() as u64;
+        self.setup.link.mouth.say(Message::Ran { at_us }).await;
+    }
+
+    /// The guest runs: records, and the tasks that see the rest arrive.
+    async fn settle(&mut self, epoch: Epoch) {
+        self.setup.board.tell("the guest runs here");
+        let (Some(running), Some(landing)) = (self.running.take(), &self.landing) else {
+            return;
+        };
+        let runtime = MachineRuntime {
+            epoch,
+            ownership: Ownership::Arriving {
+                migration: self.setup.migration.clone(),
+            },
+            process: Some(running.process.clone()),
+        };
+        let accepted =
+            tokio::task::block_in_place(|| landing.plan().accept(&self.setup.host, &runtime));
+        if let Err(error) = accepted {
+            self.setup.board.tell(format!(
+                "the machine's records cannot be written ({error}); the migration's journal says that it is here"
+            ));
+        }
+        let machine = Machine::new(running.spec.clone(), runtime, Some(running));
+        let machine = self.setup.machines.insert(machine);
+        machine.lock().await.migration = Some(self.setup.migration.clone());
+        self.machine = Some(machine);
+        self.watch_ram();
+        self.watch_disks();
+    }
+
+    fn watch_ram(&mut self) {
+        let Some(ram) = self.ram.clone() else { return };
+        let tell = self.tell.clone();
+        self.spawn(async move {
+            let done = match ram.sink() {
+                RamSink::Postcopy(sink) => {
+                    tokio::select! {
+                        () = ram.completed() => sink.finish().await,
+                        error = sink.failed() => {
+                            // The driver lives as long as this task.
+                            let _ = tell.send(Inner::SinkFailed(error)).await;
+                            return;
+                        }
+                    }
+                }
+                RamSink::Precopy(sink) => sink.finish().await,
+            };
+            let _ = tell.send(Inner::Ram(done)).await;
+        });
+    }
+
+    fn watch_disks(&mut self) {
+        let (disks, tell) = (self.setup.arrivals.disks(), self.tell.clone());
+        let (mouth, answers) = (self.setup.link.mouth.clone(), self.answers.clone());
+        self.spawn(async move {
+            let verified = async {
+                let mut units = 0;
+                for disk in &disks {
+                    disk.completed().await;
+                    disk.make_durable().await?;
+                    units += verify(disk, &mouth, &answers).await?;
+                }
+                Ok(units)
+            };
+            let done = verified.await;
+            let _ = tell.send(Inner::Disks(done)).await;
+        });
+    }
+
+    // ---- figures and ends ----
+
+    async fn sample(&mut self) {
+        let mut resident: Vec<u64> = Vec::new();
+        let mut spaces = Vec::new();
+        for disk in self.setup.arrivals.disks() {
+            resident.push(disk.resident());
+            spaces.push((disk.name(), SpaceKind::Disk, disk.units(), disk.resident()));
+        }
+        if let (Some(ram), Some(layout)) = (&self.ram, &self.layout) {
+            if resident.is_empty() {
+                let disks = self.running.as_ref().map_or(0, |r| r.disks.len());
+                resident.resize(disks, 0);
+            }
+            for ((_, units), block) in ram.resident().into_iter().zip(&layout.blocks) {
+                resident.push(units);
+                spaces.push((block.name.clone(), SpaceKind::Ram, block.units(), units));
+            }
+        }
+        let figures = self.setup.wants.figures();
+        let late = self.setup.arrivals.late_copies();
+        let fares = report::fares(figures, resident, late, self.verified_units);
+        let demands = report::demands(&fares);
+        let (done, total) = spaces
+            .iter()
+            .fold((0, 0), |(d, t), s| (d + s.3 * UNIT, t + s.2 * UNIT));
+        let rtt = self.setup.link.pulse.rtt();
+        self.setup.board.update(|view| {
+            view.demands = demands;
+            view.link.rtt_ms = rtt.map(|r| r.as_secs_f64() * 1e3);
+            view.spaces = spaces
+                .into_iter()
+                .map(|(name, kind, units_total, units_resident)| SpaceProgress {
+                    name,
+                    kind,
+                    units_total,
+                    units_live: units_total,
+                    units_resident,
+                    units_sent: 0,
+                    bytes_sent: 0,
+                })
+                .collect();
+        });
+        self.setup.board.sample(done, total);
+        if self.over.is_none() {
+            self.setup.link.mouth.say(Message::Fares(fares)).await;
+        }
+    }
+
+    async fn clean_up(&mut self) {
+        self.requests = None;
+        self.tasks.clear();
+        if let Some(running) = self.running.take() {
+            running.kill().await;
+        }
+        self.ram = None;
+        if let Some(landing) = self.landing.take() {
+            landing.plan().undo(&self.setup.host).await;
+        }
+        let _ = tokio::fs::remove_file(
+            self.setup
+                .host
+                .state
+                .migration_folder(&self.setup.migration)
+                .join("landing.json"),
+        )
+        .await;
+    }
+
+    async fn finish(&mut self, phase: Phase) {
+        self.over = Some(phase);
+        if phase == Phase::Complete {
+            self.sample().await;
+            self.complete().await;
+            self.setup.board.end(phase, MigrationState::Completed);
+            return;
+        }
+        if let Some(why) = self.refusal.clone() {
+            self.setup.board.update(|view| {
+                view.error = Some(
+                    ApiError::new(ErrorCode::MigrationFailed, why)
+                        .machine_state("the machine is at its source; nothing of it is left here"),
+                );
+            });
+        }
+        self.setup.board.end(phase, MigrationState::Cancelled);
+    }
+
+    async fn complete(&mut self) {
+        self.tasks.clear();
+        let Some(machine) = self.machine.clone() else {
+            return;
+        };
+        for disk in self.setup.arrivals.disks() {
+            if let Err(error) = disk.retire().await {
+                self.trouble(format!("a disk's journal cannot be retired: {error}"));
+                return;
+            }
+        }
+        let mut standing = machine.lock().await;
+        for disk in standing.running.iter().flat_map(|r| &r.disks) {
+            disk.set_mode(Mode::Open).await;
+        }
+        if let Some(landing) = &self.landing
+            && let Err(error) = landing.plan().complete(&self.setup.host).await
+        {
+            self.setup
+                .board
+                .tell(format!("leftovers of the move remain: {error}"));
+        }
+        standing.runtime.ownership = Ownership::Local;
+        crate::machines::save(&self.setup.host, &standing);
+    }
+}
+
+fn epoch_of(say: Say) -> Epoch {
+    match say {
+        Say::Prepare { epoch }
+        | Say::Prepared { epoch }
+        | Say::Grant { epoch }
+        | Say::Accepted { epoch }
+        | Say::Refused { epoch }
+        | Say::Cancel { epoch }
+        | Say::Ask { epoch }
+        | Say::Drained { epoch }
+        | Say::Completed { epoch } => epoch,
+    }
+}

@@ -1,0 +1,379 @@
+//! Making room at the destination for a machine that arrives, and taking that back.
+//!
+//! Before the machine is accepted nothing that this host already has is changed: a machine or a volume
+//! that left here earlier and now comes back keeps its record and its old data beside the new, until the
+//! new is complete. What was made is written down in the migration's folder first, so that a daemon that
+//! dies half-way can still undo it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use whimbrel_engine::switchover::Epoch;
+use whimbrel_volume::VolumeError;
+use whimbrel_volume::journal::{Journal, VolumeIdentity};
+use whimbrel_volume::raw::{Access, RawFile};
+use whimbrel_wire::message::{DiskOffer, Prepare};
+
+use crate::host::Host;
+use crate::state::{
+    DATA_FILE, MachineRuntime, MachineSpec, MigrationId, Name, Ownership, StateDir, StateError,
+    Timestamp, VolumeRecord, VolumeUuid,
+};
+
+const FILE: &str = "landing.json";
+
+/// Room that is kept free beside what the disks need now: the guest goes on writing.
+const MARGIN: u64 = 64 << 20;
+
+/// Why a machine cannot be taken in. The words go to the source's operator.
+#[derive(Debug, thiserror::Error)]
+pub enum LandingError {
+    #[error("the machine's description is no good here: {problem}")]
+    Description { problem: String },
+    #[error("a machine `{name}` is here already ({ownership})")]
+    MachineExists { name: Name, ownership: Ownership },
+    #[error("a volume `{name}` is here already ({ownership}, uuid {uuid})")]
+    VolumeExists {
+        name: Name,
+        ownership: Ownership,
+        uuid: VolumeUuid,
+    },
+    #[error(
+        "not enough room under {}: the disks need {need} bytes, {free} are free",
+        path.display()
+    )]
+    NoRoom { path: PathBuf, need: u64, free: u64 },
+    #[error("this host has no network `{network}`; add it under [networks] in its configuration")]
+    NoNetwork { network: Name },
+    #[error("{} is not on this host, and the machine boots from it", path.display())]
+    NoFile { path: PathBuf },
+    #[error("{0}")]
+    State(#[from] StateError),
+    #[error("{0}")]
+    Volume(#[from] VolumeError),
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{} is damaged: {problem}", path.display())]
+    Damaged { path: PathBuf, problem: String },
+}
+
+/// A volume that arrives.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct ArrivingVolume {
+    record: VolumeRecord,
+    /// The record of the volume that left here earlier, if it did.
+    previous: Option<VolumeRecord>,
+}
+
+/// What is made for a migration, as it is written down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Plan {
+    pub spec: MachineSpec,
+    /// The machine left here earlier.
+    returning: bool,
+    volumes: Vec<ArrivingVolume>,
+}
+
+/// A volume with its file and its journal.
+pub struct LandedVolume {
+    pub record: VolumeRecord,
+    pub file: Arc<RawFile>,
+    /// Taken when the disk begins to fill.
+    pub journal: Option<Journal>,
+}
+
+/// Room made.
+pub struct Landing {
+    plan: Plan,
+    pub volumes: Vec<LandedVolume>,
+}
+
+impl Plan {
+    /// Looks whether the machine can be taken in, changing nothing.
+    pub fn make(
+        host: &Host,
+        migration: &MigrationId,
+        prepare: &Prepare,
+    ) -> Result<Plan, LandingError> {
+        let spec: MachineSpec =
+            toml::from_str(&prepare.definition).map_err(|e| LandingError::Description {
+                problem: e.message().to_string(),
+            })?;
+        spec.check().map_err(|e| LandingError::Description {
+            problem: e.to_string(),
+        })?;
+        let returning = match host.state.runtime(&spec.name) {
+            Ok(runtime) => match runtime.ownership {
+                Ownership::Departed { .. } => true,
+                ownership => {
+                    return Err(LandingError::MachineExists {
+                        name: spec.name,
+                        ownership,
+                    });
+                }
+            },
+            Err(StateError::NoSuch { .. }) => false,
+            Err(error) => return Err(error.into()),
+        };
+        for nic in &spec.nics {
+            if !host.config.networks.contains_key(&nic.network) {
+                return Err(LandingError::NoNetwork {
+                    network: nic.network.clone(),
+                });
+            }
+        }
+        for path in [&spec.kernel, &spec.initrd, &spec.firmware]
+            .into_iter()
+            .flatten()
+        {
+            if !path.is_file() {
+                return Err(LandingError::NoFile { path: path.clone() });
+            }
+        }
+        let volumes = prepare
+            .disks
+            .iter()
+            .map(|offer| arriving(host, migration, &spec, prepare.epoch, offer))
+            .collect::<Result<Vec<_>, _>>()?;
+        check_room(host, &prepare.disks)?;
+        Ok(Plan {
+            spec,
+            returning,
+            volumes,
+        })
+    }
+
+    fn save(&self, folder: &Path) -> Result<(), LandingError> {
+        let text = serde_json::to_vec(self).expect("a plan is plain data");
+        Ok(StateDir::replace_file(&folder.join(FILE), &text)?)
+    }
+
+    /// The plan of a migration, if it got so far as to have one.
+    pub fn load(folder: &Path) -> Result<Option<Plan>, LandingError> {
+        let path = folder.join(FILE);
+        let Some(text) = StateDir::read_text(&path)? else {
+            return Ok(None);
+        };
+        serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|e| LandingError::Damaged {
+                path,
+                problem: e.to_string(),
+            })
+    }
+
+    /// Makes the room.
+    pub async fn carry_out(
+        self,
+        host: &Host,
+        migration: &MigrationId,
+    ) -> Result<Landing, LandingError> {
+        self.save(&host.state.migration_folder(migration))?;
+        if !self.returning {
+            let runtime = MachineRuntime {
+                epoch: Epoch(0),
+                ownership: Ownership::Arriving {
+                    migration: migration.clone(),
+                },
+                process: None,
+            };
+            host.state.add_machine(&self.spec, &runtime)?;
+        }
+        let mut volumes = Vec::new();
+        for volume in &self.volumes {
+            volumes.push(land(host, volume).await?);
+        }
+        Ok(Landing {
+            plan: self,
+            volumes,
+        })
+    }
+
+    /// Takes back whatever of it was made.
+    pub async fn undo(&self, host: &Host) {
+        for volume in &self.volumes {
+            let record = &volume.record;
+            let folder = host.state.volume_folder(&record.name);
+            let undone = if volume.previous.is_some() {
+                let _ = Journal::remove(&host.pool, &journal_folder(host, record)).await;
+                let _ = std::fs::remove_dir(journal_folder(host, record));
+                remove_file(&record.data_path(&folder))
+            } else {
+                match host.state.remove_volume(&record.name) {
+                    Ok(()) | Err(StateError::NoSuch { .. }) => Ok(()),
+                    Err(error) => Err(error.into()),
+                }
+            };
+            if let Err(error) = undone {
+                tracing::warn!(volume = %record.name, %error, "what arrived cannot be removed");
+            }
+        }
+        if !self.returning
+            && let Err(error) = host.state.remove_machine(&self.spec.name)
+            && !matches!(error, StateError::NoSuch { .. })
+        {
+            tracing::warn!(machine = %self.spec.name, %error, "a machine's record cannot be removed");
+        }
+    }
+
+    /// The machine is this host's now: the records say so.
+    pub fn accept(&self, host: &Host, runtime: &MachineRuntime) -> Result<(), LandingError> {
+        for volume in &self.volumes {
+            host.state.save_volume(&volume.record)?;
+        }
+        host.state.save_machine(&self.spec)?;
+        host.state.save_runtime(&self.spec.name, runtime)?;
+        Ok(())
+    }
+
+    /// Everything is here: volumes are local, journals and old copies are gone.
+    pub async fn complete(&self, host: &Host) -> Result<(), LandingError> {
+        for volume in &self.volumes {
+            let mut record = volume.record.clone();
+            record.state = Ownership::Local;
+            host.state.save_volume(&record)?;
+            let journal = journal_folder(host, &record);
+            Journal::remove(&host.pool, &journal).await?;
+            // Empty now; a leftover would only be untidy.
+            let _ = std::fs::remove_dir(&journal);
+            if let Some(previous) = &volume.previous {
+                let old = previous.data_path(&host.state.volume_folder(&previous.name));
+                if old != record.data_path(&host.state.volume_folder(&record.name)) {
+                    remove_file(&old)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Landing {
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+}
+
+fn arriving(
+    host: &Host,
+    migration: &MigrationId,
+    spec: &MachineSpec,
+    epoch: Epoch,
+    offer: &DiskOffer,
+) -> Result<ArrivingVolume, LandingError> {
+    let bad = |problem: String| LandingError::Description { problem };
+    let name: Name = offer
+        .volume
+        .parse()
+        .map_err(|e| bad(format!("a disk's name: {e}")))?;
+    let uuid = VolumeUuid::try_from(offer.uuid.clone()).map_err(|e| bad(e.to_string()))?;
+    if !spec.disks.iter().any(|d| d.volume == name) {
+        return Err(bad(format!("`{name}` is none of its disks")));
+    }
+    let previous = match host.state.volume(&name) {
+        Ok(record) => {
+            let left_here = matches!(record.state, Ownership::Departed { .. });
+            if !left_here || record.uuid != uuid {
+                return Err(LandingError::VolumeExists {
+                    name,
+                    ownership: record.state,
+                    uuid: record.uuid,
+                });
+            }
+            Some(record)
+        }
+        Err(StateError::NoSuch { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let data = match previous {
+        Some(_) => format!("{DATA_FILE}-{}", epoch.0),
+        None => DATA_FILE.to_string(),
+    };
+    Ok(ArrivingVolume {
+        record: VolumeRecord {
+            name,
+            uuid,
+            size: offer.size,
+            epoch,
+            data: PathBuf::from(data),
+            created: previous.as_ref().map_or_else(Timestamp::now, |p| p.created),
+            machine: Some(spec.name.clone()),
+            state: Ownership::Arriving {
+                migration: migration.clone(),
+            },
+        },
+        previous,
+    })
+}
+
+fn check_room(host: &Host, disks: &[DiskOffer]) -> Result<(), LandingError> {
+    let path = host.state.root();
+    let stat = rustix::fs::statvfs(path).map_err(|e| LandingError::Io {
+        path: path.to_path_buf(),
+        source: e.into(),
+    })?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    let need = disks
+        .iter()
+        .fold(MARGIN, |sum, d| sum.saturating_add(d.allocated));
+    if need > free {
+        return Err(LandingError::NoRoom {
+            path: path.to_path_buf(),
+            need,
+            free,
+        });
+    }
+    Ok(())
+}
+
+fn journal_folder(host: &Host, record: &VolumeRecord) -> PathBuf {
+    host.state
+        .volume_folder(&record.name)
+        .join(format!("journal-{}", record.epoch.0))
+}
+
+fn identity(record: &VolumeRecord) -> VolumeIdentity {
+    VolumeIdentity {
+        uuid: record.uuid.0,
+        size: record.size,
+        epoch: record.epoch.0,
+    }
+}
+
+async fn land(host: &Host, volume: &ArrivingVolume) -> Result<LandedVolume, LandingError> {
+    let record = volume.record.clone();
+    let folder = host.state.volume_folder(&record.name);
+    let path = record.data_path(&folder);
+    let file = if volume.previous.is_some() {
+        // Left by an attempt that was broken off so hard that it could not clean up.
+        remove_file(&path)?;
+        RawFile::create(&host.pool, &path, record.size).await?
+    } else {
+        let draft = host.state.begin_volume(&record.name)?;
+        drop(RawFile::create(&host.pool, draft.data_path(), record.size).await?);
+        draft.commit(&record)?;
+        RawFile::open(&host.pool, &path, Access::ReadWrite).await?
+    };
+    let file = Arc::new(file);
+    let folder = journal_folder(host, &record);
+    Journal::remove(&host.pool, &folder).await?;
+    let journal = Journal::create(&host.pool, &folder, identity(&record), file.clone()).await?;
+    Ok(LandedVolume {
+        record,
+        file,
+        journal: Some(journal),
+    })
+}
+
+fn remove_file(path: &Path) -> Result<(), LandingError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(LandingError::Io {
+            path: path.to_path_buf(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,207 @@
+//! The parts of a session that both sides share: saying messages, hearing frames, timing the link.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use whimbrel_peer::connection::{FrameReceiver, FrameSender};
+use whimbrel_peer::error::PeerError;
+use whimbrel_peer::rtt::Rtt;
+use whimbrel_wire::frame::Kind;
+use whimbrel_wire::message::{Message, MessageError};
+use whimbrel_wire::units::{Units, UnitsError};
+
+/// Messages that wait to be said. Who says more waits.
+const OUTBOX: usize = 256;
+
+/// How often the link is timed.
+pub const PING_EVERY: Duration = Duration::from_millis(250);
+
+/// Silence after which the link is called down for a person and for policy. The connection is kept: an
+/// outage alone does not break it.
+pub const SILENCE: Duration = Duration::from_millis(1500);
+
+/// Why a session's connections were given up.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    #[error("the peer said what is no message: {0}")]
+    Message(#[from] MessageError),
+    #[error("the peer sent what are no units: {0}")]
+    Units(#[from] UnitsError),
+    #[error("{0}")]
+    Flow(#[from] super::flow::FlowError),
+    #[error("{0}")]
+    Arrival(#[from] super::arrivals::ArrivalError),
+    #[error("the peer said {said}, which has no place here")]
+    OutOfPlace { said: &'static str },
+    #[error("a newer connection took over")]
+    Replaced,
+    #[error("closed by this side")]
+    Closed,
+}
+
+/// What a session tells its driver.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// Connected, again or for the first time; the peer has said what it holds.
+    Up,
+    Heard(Box<Message>),
+    /// The connections broke; the session will try again by itself.
+    Down(LaneError),
+    /// The session is over and will not try again.
+    Dead(LaneError),
+}
+
+/// Where a session's messages go in. While there is no connection they go nowhere: what matters is said
+/// again by the state machines when there is one.
+#[derive(Clone, Default)]
+pub struct Mouth {
+    now: Arc<Mutex<Option<mpsc::Sender<Message>>>>,
+}
+
+impl Mouth {
+    /// Opens a new outbox, voiding what the last one still held.
+    pub fn open(&self) -> mpsc::Receiver<Message> {
+        let (sender, receiver) = mpsc::channel(OUTBOX);
+        *self.now.lock().expect("no holder of this lock panics") = Some(sender);
+        receiver
+    }
+
+    pub fn close(&self) {
+        *self.now.lock().expect("no holder of this lock panics") = None;
+    }
+
+    /// Says it if there is a connection; waits while the outbox is full.
+    pub async fn say(&self, message: Message) {
+        let sender = self
+            .now
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone();
+        if let Some(sender) = sender {
+            // An outbox whose connection broke meanwhile takes nothing, which is as good as no outbox.
+            let _ = sender.send(message).await;
+        }
+    }
+}
+
+/// What is known of the link's health.
+#[derive(Default)]
+pub struct Pulse {
+    inner: Mutex<PulseInner>,
+}
+
+#[derive(Default)]
+struct PulseInner {
+    rtt: Rtt,
+    heard: Option<Instant>,
+    up: bool,
+}
+
+impl Pulse {
+    fn inner(&self) -> std::sync::MutexGuard<'_, PulseInner> {
+        self.inner.lock().expect("no holder of this lock panics")
+    }
+
+    pub fn up(&self) {
+        let mut inner = self.inner();
+        inner.up = true;
+        inner.rtt.reconnected();
+        inner.heard = Some(Instant::now());
+    }
+
+    pub fn down(&self) {
+        self.inner().up = false;
+    }
+
+    pub fn heard(&self) {
+        self.inner().heard = Some(Instant::now());
+    }
+
+    pub fn ping(&self) -> Bytes {
+        Bytes::copy_from_slice(&self.inner().rtt.ping(Instant::now()))
+    }
+
+    pub fn pong(&self, payload: &[u8]) {
+        self.inner().rtt.pong(payload, Instant::now());
+    }
+
+    /// The smallest round trip seen: the link's own, without queues.
+    pub fn least_rtt(&self) -> Option<Duration> {
+        self.inner().rtt.least()
+    }
+
+    pub fn rtt(&self) -> Option<Duration> {
+        self.inner().rtt.smoothed()
+    }
+
+    /// Connected, and something was heard lately.
+    pub fn is_alive(&self) -> bool {
+        let inner = self.inner();
+        inner.up && inner.heard.is_some_and(|at| at.elapsed() < SILENCE)
+    }
+}
+
+/// What came in a frame.
+pub enum Heard {
+    Message(Message),
+    Units(Units),
+    Ping(Bytes),
+    Pong,
+}
+
+/// The next frame, decoded. Pongs have been noted.
+pub async fn hear(receiver: &mut FrameReceiver, pulse: &Pulse) -> Result<Heard, LaneError> {
+    let frame = receiver.recv().await?;
+    pulse.heard();
+    match frame.kind {
+        Kind::Control => Ok(Heard::Message(Message::decode(&frame.payload)?)),
+        Kind::Units => Ok(Heard::Units(Units::decode(frame.payload)?)),
+        Kind::Ping => Ok(Heard::Ping(frame.payload)),
+        Kind::Pong => {
+            pulse.pong(&frame.payload);
+            Ok(Heard::Pong)
+        }
+        Kind::Hello => Err(LaneError::OutOfPlace {
+            said: "a greeting in mid-session",
+        }),
+    }
+}
+
+pub async fn say(sender: &mut FrameSender, message: &Message) -> Result<(), LaneError> {
+    sender
+        .send(Kind::Control, &message.encode(), Bytes::new())
+        .await?;
+    Ok(())
+}
+
+/// Sends units and returns the bytes of the frame.
+pub async fn send_units(sender: &mut FrameSender, units: Units) -> Result<u64, LaneError> {
+    let head = units.head();
+    let bytes = whimbrel_wire::frame::HEADER_LEN + head.len() + units.body.len();
+    sender.send(Kind::Units, &head, units.body).await?;
+    Ok(bytes as u64)
+}
+
+/// Runs the tasks of one life of a session until the first of them ends, then ends the others, and waits
+/// for all: when this returns nothing of that life is at work any more.
+pub async fn until_first_ends(
+    mut tasks: tokio::task::JoinSet<Result<(), LaneError>>,
+    stop: CancellationToken,
+) -> LaneError {
+    let first = tasks.join_next().await;
+    stop.cancel();
+    while tasks.join_next().await.is_some() {}
+    match first {
+        Some(Ok(Err(error))) => error,
+        Some(Ok(Ok(()))) | None => LaneError::Closed,
+        Some(Err(panic)) => {
+            tracing::error!(%panic, "a task of the session panicked");
+            LaneError::Closed
+        }
+    }
+}

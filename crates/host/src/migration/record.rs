@@ -1,0 +1,172 @@
+//! A migration's own journal: the engine's [`Record`]s, durable before they are acted on.
+//!
+//! One line a record: 16 hex digits of xxh3 over the rest, a space, JSON. A line that was torn by a
+//! crash is the last one and was not acted on, so it is dropped; damage before that is an error, because
+//! what it said decides who owns the machine.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use whimbrel_engine::switchover::Record;
+use xxhash_rust::xxh3::xxh3_64;
+
+const FILE: &str = "journal";
+
+/// A journal that cannot be written or understood.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{}: line {line} is damaged", path.display())]
+    Damaged { path: PathBuf, line: usize },
+}
+
+/// The journal of one migration on one host.
+#[derive(Debug)]
+pub struct MigrationJournal {
+    path: PathBuf,
+    file: File,
+    records: Vec<Record>,
+}
+
+impl MigrationJournal {
+    /// Opens or makes the journal in a migration's folder.
+    ///
+    /// # Errors
+    /// [`RecordError::Damaged`] if a line before the last is not what was written.
+    pub fn open(folder: &Path) -> Result<Self, RecordError> {
+        let path = folder.join(FILE);
+        let io = |source| RecordError::Io {
+            path: path.clone(),
+            source,
+        };
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(io(error)),
+        };
+        let (records, good) = parse(&text).map_err(|line| RecordError::Damaged {
+            path: path.clone(),
+            line,
+        })?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(io)?;
+        file.set_len(good as u64).map_err(io)?;
+        if text.is_empty() {
+            File::open(folder).and_then(|f| f.sync_all()).map_err(io)?;
+        }
+        Ok(MigrationJournal {
+            path,
+            file,
+            records,
+        })
+    }
+
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// Appends and makes durable. Blocks for the disk: a few milliseconds.
+    pub fn append(&mut self, record: Record) -> Result<(), RecordError> {
+        let json = serde_json::to_string(&record).expect("a record is plain data");
+        let line = format!("{:016x} {json}\n", xxh3_64(json.as_bytes()));
+        self.file
+            .write_all(line.as_bytes())
+            .and_then(|()| self.file.sync_data())
+            .map_err(|source| RecordError::Io {
+                path: self.path.clone(),
+                source,
+            })?;
+        self.records.push(record);
+        Ok(())
+    }
+}
+
+/// The records, and how many bytes of the text they take; or the number of the line that is damaged.
+fn parse(text: &[u8]) -> Result<(Vec<Record>, usize), usize> {
+    let mut records = Vec::new();
+    let mut at = 0;
+    while at < text.len() {
+        let rest = &text[at..];
+        let Some(end) = rest.iter().position(|&b| b == b'\n') else {
+            break;
+        };
+        match parse_line(&rest[..end]) {
+            Some(record) => records.push(record),
+            None if at + end + 1 == text.len() => break,
+            None => return Err(records.len() + 1),
+        }
+        at += end + 1;
+    }
+    Ok((records, at))
+}
+
+fn parse_line(line: &[u8]) -> Option<Record> {
+    let line = std::str::from_utf8(line).ok()?;
+    let (sum, json) = line.split_once(' ')?;
+    if u64::from_str_radix(sum, 16).ok()? != xxh3_64(json.as_bytes()) {
+        return None;
+    }
+    serde_json::from_str(json).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use whimbrel_engine::switchover::Epoch;
+
+    const RECORDS: [Record; 2] = [
+        Record::Started { epoch: Epoch(3) },
+        Record::Granted { epoch: Epoch(4) },
+    ];
+
+    fn written() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let mut journal = MigrationJournal::open(folder.path()).expect("fresh");
+        for record in RECORDS {
+            journal.append(record).expect("room");
+        }
+        let path = folder.path().join(FILE);
+        (folder, path)
+    }
+
+    #[test]
+    fn records_are_read_back() {
+        let (folder, _) = written();
+        let journal = MigrationJournal::open(folder.path()).expect("whole");
+        assert_eq!(journal.records(), RECORDS);
+    }
+
+    #[test]
+    fn a_torn_last_line_is_dropped_wherever_it_is_torn() {
+        let (folder, path) = written();
+        let text = std::fs::read(&path).expect("written");
+        let first = text.iter().position(|&b| b == b'\n').expect("two lines") + 1;
+        for cut in first..text.len() {
+            std::fs::write(&path, &text[..cut]).expect("room");
+            let mut journal = MigrationJournal::open(folder.path()).expect("torn, not damaged");
+            assert_eq!(journal.records(), &RECORDS[..1], "cut at {cut}");
+            journal.append(RECORDS[1]).expect("room");
+            assert_eq!(std::fs::read(&path).expect("written"), text);
+        }
+    }
+
+    #[test]
+    fn damage_before_the_last_line_is_an_error() {
+        let (folder, path) = written();
+        let mut text = std::fs::read(&path).expect("written");
+        text[20] ^= 1;
+        std::fs::write(&path, &text).expect("room");
+        assert!(matches!(
+            MigrationJournal::open(folder.path()),
+            Err(RecordError::Damaged { line: 1, .. })
+        ));
+    }
+}

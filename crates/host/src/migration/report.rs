@@ -1,0 +1,111 @@
+//! Figures of a migration, as the API tells them.
+
+use std::time::Duration;
+
+use whimbrel_engine::space::{SpaceId, SpaceKind};
+use whimbrel_wire::message::Fares;
+
+use super::flow::Flow;
+use crate::api::types::{DemandStats, MigrationReport, SentBytes, SpaceProgress, TimePart};
+use crate::disk::DemandFigures;
+
+/// Times that only the driver knows.
+pub struct Times {
+    pub total: Duration,
+    pub blackout: Option<Duration>,
+    pub drain: Option<Duration>,
+    pub outage: Duration,
+    /// QEMU's own clock of the STOP at the source.
+    pub stopped_at: Option<Duration>,
+    /// QEMU's own clock of the RESUME at the destination.
+    pub resumed_at: Option<Duration>,
+}
+
+/// Every space's share, in order of ids. Before the grant a disk's live units are not known: none is told.
+pub fn spaces(flow: &Flow, fares: &Fares, before_grant: bool) -> Vec<SpaceProgress> {
+    let of = |info: whimbrel_engine::space::SpaceInfo| {
+        let tally = flow.tally(info.id);
+        let sent = flow.sent(info.id);
+        let unknown = before_grant && info.kind == SpaceKind::Disk;
+        let resident = fares.resident.get(usize::from(info.id.0)).copied();
+        SpaceProgress {
+            units_total: info.units(),
+            units_live: if unknown { 0 } else { tally.live },
+            units_resident: resident.unwrap_or(0),
+            units_sent: sent.units,
+            bytes_sent: sent.bytes(),
+            name: info.name,
+            kind: info.kind,
+        }
+    };
+    flow.infos().into_iter().map(of).collect()
+}
+
+pub fn sent_bytes(flow: &Flow) -> SentBytes {
+    let mut sum = SentBytes::default();
+    for info in flow.infos() {
+        let sent = flow.sent(info.id);
+        sum.demand += sent.demand_bytes;
+        sum.push += sent.push_bytes;
+    }
+    sum
+}
+
+fn ms(us: u64) -> f64 {
+    us as f64 / 1e3
+}
+
+pub fn demands(fares: &Fares) -> DemandStats {
+    DemandStats {
+        count: fares.demands,
+        p50_ms: ms(fares.demand_p50_us),
+        p99_ms: ms(fares.demand_p99_us),
+        max_ms: ms(fares.demand_max_us),
+    }
+}
+
+/// What the destination tells the source.
+pub fn fares(figures: DemandFigures, resident: Vec<u64>, late: u64, verified: u64) -> Fares {
+    Fares {
+        resident,
+        demands: figures.count,
+        demand_p50_us: figures.p50_us,
+        demand_p99_us: figures.p99_us,
+        demand_max_us: figures.max_us,
+        late_copies: late,
+        verified_units: verified,
+    }
+}
+
+pub fn outgoing(flow: &Flow, fares: &Fares, times: Times, reconnects: u64) -> MigrationReport {
+    let millis = |d: Duration| d.as_secs_f64() * 1e3;
+    let mut parts = Vec::new();
+    if let (Some(stop), Some(run)) = (times.stopped_at, times.resumed_at) {
+        // Two hosts' clocks: exact only where they agree, as on one machine.
+        parts.push(TimePart {
+            name: "stop-to-resume by the hosts' clocks".to_string(),
+            ms: (run.as_secs_f64() - stop.as_secs_f64()) * 1e3,
+        });
+    }
+    let tallies: Vec<_> = flow
+        .infos()
+        .iter()
+        .map(|i| (flow.tally(i.id), flow.sent(SpaceId(i.id.0))))
+        .collect();
+    MigrationReport {
+        total_ms: millis(times.total),
+        blackout_ms: times.blackout.map(millis),
+        blackout_parts: parts,
+        drain_ms: times.drain.map(millis),
+        units_live: tallies.iter().map(|(t, _)| t.live).sum(),
+        units_sent: tallies.iter().map(|(_, s)| s.units).sum(),
+        units_sent_again: tallies.iter().map(|(t, _)| t.sent_again).sum(),
+        units_forgotten: tallies.iter().map(|(t, _)| t.forgotten).sum(),
+        late_copies: fares.late_copies,
+        sent: sent_bytes(flow),
+        demands: demands(fares),
+        outage_ms: millis(times.outage),
+        reconnects,
+        verified: true,
+    }
+}

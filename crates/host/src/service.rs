@@ -1,0 +1,818 @@
+//! The API's operations, done.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use whimbrel_engine::switchover::Phase;
+use whimbrel_peer::hello::{Class, SessionId};
+use whimbrel_peer::trust::PeerName;
+use whimbrel_volume::raw::{Access, RawFile};
+use whimbrel_wire::message::RamMode as WireRam;
+
+use crate::api::types::*;
+use crate::api::{ApiError, ErrorCode, Service};
+use crate::daemon::{Daemon, Held, rate_of};
+use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, probe, start};
+use crate::machines::{Machine, OpenDiskError, Standing, open_disks, save};
+use crate::migration::board::Board;
+use crate::migration::departure::{Departure, Gear};
+use crate::migration::flow::Flow;
+use crate::migration::outgoing::{Command, Outgoing, Setup};
+use crate::migration::record::MigrationJournal;
+use crate::peers::Dialler;
+use crate::state::{
+    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, Timestamp,
+    VolumeRecord, trust,
+};
+
+/// How long a guest gets to shut down.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(90);
+
+/// Bytes an import copies at a time.
+const IMPORT_PIECE: u64 = 1 << 20;
+
+/// What is told of a migration that has just begun.
+pub fn first_view(
+    id: MigrationId,
+    machine: Name,
+    peer: PeerName,
+    direction: Direction,
+) -> MigrationView {
+    MigrationView {
+        id,
+        machine,
+        peer,
+        direction,
+        strategy: Strategy::Postcopy,
+        phase: Phase::Prepare,
+        state: MigrationState::Running,
+        started: Timestamp::now(),
+        ended: None,
+        permille: 0,
+        spaces: Vec::new(),
+        sent: SentBytes::default(),
+        bandwidth: RateLimit(None),
+        rate: 0,
+        eta: None,
+        demands: DemandStats::default(),
+        blackout_ms: None,
+        link: LinkView {
+            connected: true,
+            since: Timestamp::now(),
+            rtt_ms: None,
+            reconnects: 0,
+            waiting_for: None,
+        },
+        messages: Vec::new(),
+        error: None,
+        report: None,
+    }
+}
+
+impl From<OpenDiskError> for ApiError {
+    fn from(error: OpenDiskError) -> ApiError {
+        let what = error.to_string();
+        match error {
+            OpenDiskError::State(error) => error.into(),
+            OpenDiskError::Volume(_) | OpenDiskError::Size { .. } => {
+                ApiError::new(ErrorCode::Io, what)
+                    .next_step("look at the volume's data file with `volume show`")
+            }
+            OpenDiskError::NotLocal { .. } | OpenDiskError::OtherMachine { .. } => {
+                ApiError::new(ErrorCode::WrongState, what)
+                    .next_step("see `volume ls` for what is where")
+            }
+        }
+    }
+}
+
+impl From<MachineError> for ApiError {
+    fn from(error: MachineError) -> ApiError {
+        use whimbrel_qemu::Error as Qemu;
+        let what = error.to_string();
+        let (code, next) = match &error {
+            MachineError::Qemu(Qemu::NoBinary { .. }) => (
+                ErrorCode::Unsupported,
+                "install QEMU (Debian: qemu-system-x86) or name it under `qemu` in the configuration",
+            ),
+            MachineError::Qemu(Qemu::TooOld { .. }) => {
+                (ErrorCode::Unsupported, "install QEMU 7.2 or newer")
+            }
+            MachineError::Qemu(Qemu::UnknownMachine { .. }) => (
+                ErrorCode::Unsupported,
+                "use a machine type this QEMU has (`qemu-system-x86_64 -machine help`)",
+            ),
+            MachineError::Qemu(_) => (ErrorCode::Qemu, "see qemu.log in the machine's folder"),
+            MachineError::NoNetwork { .. } => (
+                ErrorCode::Invalid,
+                "add the network under [networks] in the configuration",
+            ),
+            MachineError::Tap(_) => (ErrorCode::Io, "see that the bridge exists and try again"),
+            MachineError::Socket { .. }
+            | MachineError::SocketPath { .. }
+            | MachineError::File { .. } => (ErrorCode::Io, "put right what the message names"),
+            MachineError::Mismatch { .. } | MachineError::DiskElsewhere { .. } => (
+                ErrorCode::WrongState,
+                "correct the description or the running QEMU, then adopt again",
+            ),
+            MachineError::Gone { .. } => (ErrorCode::WrongState, "start the machine"),
+        };
+        ApiError::new(code, what).next_step(next)
+    }
+}
+
+fn no_machine(name: &Name) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no machine `{name}`"))
+        .next_step("list the machines with `whimbrel machine ls`")
+}
+
+impl Daemon {
+    fn machine_named(&self, name: &Name) -> Result<Arc<Machine>, ApiError> {
+        self.machines.get(name).ok_or_else(|| no_machine(name))
+    }
+
+    fn held_of(&self, machine: &Name) -> Result<Arc<Held>, ApiError> {
+        let found = self
+            .migrations()
+            .values()
+            .filter(|held| &held.board.view().machine == machine)
+            .max_by_key(|held| held.board.clock())
+            .cloned();
+        found.ok_or_else(|| {
+            ApiError::new(
+                ErrorCode::NotFound,
+                format!("machine `{machine}` has no migration"),
+            )
+            .next_step("see `whimbrel status`")
+        })
+    }
+
+    async fn machine_view(&self, machine: &Machine) -> MachineView {
+        let standing = machine.lock().await;
+        let status = status_of(&standing).await;
+        let process = standing.running.as_ref().map(|r| &r.process);
+        MachineView {
+            name: standing.spec.name.clone(),
+            status,
+            ownership: standing.runtime.ownership.clone(),
+            epoch: standing.runtime.epoch,
+            pid: process.map(|p| p.pid),
+            qmp: process.map(|p| p.qmp.clone()),
+            memory: standing.spec.memory.bytes(),
+            vcpus: standing.spec.vcpus,
+            machine_type: process.map_or_else(
+                || standing.spec.machine_type.clone(),
+                |p| p.machine_type.clone(),
+            ),
+            accel: standing.spec.accel,
+            disks: standing
+                .spec
+                .disks
+                .iter()
+                .map(|disk| DiskView {
+                    volume: disk.volume.clone(),
+                    size: self.host.state.volume(&disk.volume).ok().map(|v| v.size),
+                })
+                .collect(),
+            nics: standing
+                .spec
+                .nics
+                .iter()
+                .enumerate()
+                .map(|(n, nic)| NicView {
+                    network: nic.network.clone(),
+                    mac: nic.mac,
+                    interface: standing
+                        .running
+                        .as_ref()
+                        .and_then(|r| r.interface(n))
+                        .map(str::to_string),
+                })
+                .collect(),
+            migration: standing.migration.clone(),
+        }
+    }
+
+    async fn volume_view(&self, record: VolumeRecord) -> VolumeView {
+        let folder = self.host.state.volume_folder(&record.name);
+        let data = record.data_path(&folder);
+        let allocated = std::fs::metadata(&data)
+            .map(|m| std::os::unix::fs::MetadataExt::blocks(&m) * 512)
+            .unwrap_or(0);
+        let mut export = None;
+        let mut resident_permille = 1000;
+        if let Some(machine) = record.machine.as_ref().and_then(|m| self.machines.get(m)) {
+            let standing = machine.lock().await;
+            if let Some(running) = &standing.running {
+                export = Some(format!(
+                    "nbd+unix:///{}?socket={}",
+                    record.name,
+                    running.disk_socket().display()
+                ));
+                for disk in &running.disks {
+                    if disk.name() == record.name.as_str()
+                        && let Some(filling) = disk.filling().await
+                    {
+                        let units = filling.units().max(1);
+                        resident_permille = (filling.resident() * 1000 / units) as u16;
+                    }
+                }
+            }
+        }
+        VolumeView {
+            name: record.name,
+            uuid: record.uuid,
+            size: record.size,
+            allocated,
+            resident_permille,
+            epoch: record.epoch,
+            state: record.state,
+            machine: record.machine,
+            export,
+            data,
+            created: record.created,
+        }
+    }
+
+    /// Writes the machine's name on its volumes.
+    fn claim_volumes(&self, spec: &MachineSpec) -> Result<(), ApiError> {
+        for disk in &spec.disks {
+            let mut record = self.host.state.volume(&disk.volume)?;
+            if record.machine.as_ref() != Some(&spec.name) {
+                record.machine = Some(spec.name.clone());
+                self.host.state.save_volume(&record)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn status_of(standing: &Standing) -> MachineStatus {
+    match (&standing.runtime.ownership, &standing.running) {
+        (Ownership::Departed { .. }, _) => MachineStatus::Departed,
+        (_, Some(running)) if running.has_ended() => MachineStatus::Crashed,
+        (_, Some(running)) => {
+            let status = running
+                .qmp
+                .execute("query-status", serde_json::json!({}))
+                .await;
+            match status.ok().and_then(|s| s["running"].as_bool()) {
+                Some(true) => MachineStatus::Running,
+                _ => MachineStatus::Paused,
+            }
+        }
+        (Ownership::Arriving { .. }, None) => MachineStatus::Arriving,
+        (Ownership::Local, None) if standing.runtime.process.is_some() => MachineStatus::Crashed,
+        (Ownership::Local, None) => MachineStatus::Defined,
+    }
+}
+
+fn fresh_id() -> Result<SessionId, ApiError> {
+    use std::io::Read;
+    let mut bytes = [0; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut bytes))
+        .map_err(|e| ApiError::new(ErrorCode::Io, format!("/dev/urandom: {e}")))?;
+    // Zero means no session.
+    Ok(SessionId(u128::from_be_bytes(bytes) | 1))
+}
+
+impl Service for Daemon {
+    async fn host(&self) -> Result<HostView, ApiError> {
+        let config = &self.host.config;
+        let state = &self.host.state;
+        let migrations = self
+            .migrations()
+            .values()
+            .filter(|held| !held.board.view().state.is_settled())
+            .count();
+        let peers = self.peers().await?.items;
+        Ok(HostView {
+            name: state.host()?.name,
+            key: self.host.identity.key_id(),
+            listen: config.listen.to_string(),
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            state_dir: state.root().to_path_buf(),
+            daemon: Some(DaemonView {
+                pid: std::process::id(),
+                started: self.started,
+                qemu: config.qemu.clone(),
+                networks: config.networks.keys().cloned().collect(),
+                bandwidth: config.bandwidth,
+                machines: self.machines.all().len(),
+                volumes: state.volumes()?.records.len(),
+                migrations,
+            }),
+            peers,
+        })
+    }
+
+    async fn peers(&self) -> Result<Listed<PeerView>, ApiError> {
+        self.host.trust.reload()?;
+        let boards: Vec<MigrationView> = self
+            .migrations()
+            .values()
+            .map(|held| held.board.view())
+            .collect();
+        let items = self.host.trust.list().into_iter().map(|(name, peer)| {
+            let busy = boards
+                .iter()
+                .find(|view| view.peer == name && !view.state.is_settled());
+            PeerView {
+                key: peer.key,
+                addresses: peer.addresses,
+                link: busy.map(|view| view.link.clone()),
+                name,
+            }
+        });
+        Ok(Listed {
+            items: items.collect(),
+            damaged: Vec::new(),
+        })
+    }
+
+    async fn trust(&self, request: TrustRequest) -> Result<PeerView, ApiError> {
+        let name = request.name.clone();
+        trust(&self.host.trust, request)?;
+        let peer = self.host.trust.get(&name)?;
+        Ok(PeerView {
+            name,
+            key: peer.key,
+            addresses: peer.addresses,
+            link: None,
+        })
+    }
+
+    async fn untrust(&self, name: PeerName) -> Result<(), ApiError> {
+        self.host.trust.remove(&name)?;
+        Ok(())
+    }
+
+    async fn volumes(&self) -> Result<Listed<VolumeView>, ApiError> {
+        let listing = self.host.state.volumes()?;
+        let mut items = Vec::new();
+        for record in listing.records {
+            items.push(self.volume_view(record).await);
+        }
+        let damaged = listing.damaged.into_iter().map(ApiError::from).collect();
+        Ok(Listed { items, damaged })
+    }
+
+    async fn volume(&self, name: Name) -> Result<VolumeView, ApiError> {
+        let record = self.host.state.volume(&name)?;
+        Ok(self.volume_view(record).await)
+    }
+
+    async fn create_volume(&self, request: CreateVolume) -> Result<VolumeView, ApiError> {
+        let draft = self.host.state.begin_volume(&request.name)?;
+        let record = VolumeRecord::fresh(request.name, request.size.bytes())
+            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
+        RawFile::create(&self.host.pool, draft.data_path(), record.size)
+            .await
+            .map_err(volume_error)?;
+        draft.commit(&record)?;
+        Ok(self.volume_view(record).await)
+    }
+
+    async fn import_volume(
+        &self,
+        request: ImportVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        let ImageFormat::Raw = request.format;
+        let draft = self.host.state.begin_volume(&request.name)?;
+        let from = RawFile::open(&self.host.pool, &request.file, Access::ReadOnly)
+            .await
+            .map_err(volume_error)?;
+        let size = from.size().next_multiple_of(512);
+        let record = VolumeRecord::fresh(request.name, size)
+            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
+        let to = RawFile::create(&self.host.pool, draft.data_path(), size)
+            .await
+            .map_err(volume_error)?;
+        let total = from.size();
+        let mut at = 0;
+        while at < total {
+            let runs = from
+                .data_extents(at, total - at)
+                .await
+                .map_err(volume_error)?;
+            for run in runs {
+                let end = run.offset + run.len;
+                at = run.offset;
+                while run.data && at < end {
+                    let len = IMPORT_PIECE.min(end - at);
+                    let bytes = from.read(at, len as usize).await.map_err(volume_error)?;
+                    to.write(at, bytes).await.map_err(volume_error)?;
+                    at += len;
+                    progress.send_replace(ImportProgress { done: at, total });
+                }
+                at = end;
+            }
+        }
+        to.sync().await.map_err(volume_error)?;
+        progress.send_replace(ImportProgress { done: total, total });
+        draft.commit(&record)?;
+        Ok(self.volume_view(record).await)
+    }
+
+    async fn remove_volume(&self, name: Name) -> Result<(), ApiError> {
+        let record = self.host.state.volume(&name)?;
+        if let Some(machine) = record.machine.as_ref().and_then(|m| self.machines.get(m)) {
+            let standing = machine.lock().await;
+            if standing.running.is_some() || standing.runtime.ownership == Ownership::Local {
+                return Err(ApiError::new(
+                    ErrorCode::Busy,
+                    format!("volume `{name}` is a disk of machine `{}`", machine.name),
+                )
+                .next_step("undefine the machine first"));
+            }
+        }
+        Ok(self.host.state.remove_volume(&name)?)
+    }
+
+    async fn machines(&self) -> Result<Listed<MachineView>, ApiError> {
+        let mut items = Vec::new();
+        for machine in self.machines.all() {
+            items.push(self.machine_view(&machine).await);
+        }
+        let damaged = self.host.state.machines()?.damaged;
+        Ok(Listed {
+            items,
+            damaged: damaged.into_iter().map(ApiError::from).collect(),
+        })
+    }
+
+    async fn machine(&self, name: Name) -> Result<MachineView, ApiError> {
+        let machine = self.machine_named(&name)?;
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn define_machine(&self, mut spec: MachineSpec) -> Result<MachineView, ApiError> {
+        spec.fill_macs();
+        for disk in &spec.disks {
+            self.host.state.volume(&disk.volume)?;
+        }
+        for nic in &spec.nics {
+            if !self.host.config.networks.contains_key(&nic.network) {
+                return Err(MachineError::NoNetwork {
+                    machine: spec.name.to_string(),
+                    network: nic.network.to_string(),
+                }
+                .into());
+            }
+        }
+        let runtime = MachineRuntime::fresh();
+        self.host.state.add_machine(&spec, &runtime)?;
+        self.claim_volumes(&spec)?;
+        let machine = self.machines.insert(Machine::new(spec, runtime, None));
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn start_machine(&self, name: Name) -> Result<MachineView, ApiError> {
+        let machine = self.machine_named(&name)?;
+        {
+            let mut standing = machine.lock().await;
+            if standing.runtime.ownership != Ownership::Local {
+                return Err(ApiError::new(
+                    ErrorCode::WrongState,
+                    format!("machine `{name}` is {}", standing.runtime.ownership),
+                )
+                .machine_state("it is not this host's to run")
+                .next_step("start it where it is"));
+            }
+            if standing.running.as_ref().is_some_and(|r| !r.has_ended()) {
+                return Err(ApiError::new(
+                    ErrorCode::WrongState,
+                    format!("machine `{name}` has a process already"),
+                ));
+            }
+            standing.running = None;
+            let disks = open_disks(&self.host, &standing.spec).await?;
+            let folder = self.host.state.machine_folder(&name);
+            let config = &self.host.config;
+            let running = start(config, &folder, &standing.spec, disks, Boot::Fresh).await?;
+            standing.runtime.process = Some(running.process.clone());
+            standing.running = Some(running);
+            save(&self.host, &standing);
+        }
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn stop_machine(
+        &self,
+        name: Name,
+        request: StopRequest,
+    ) -> Result<MachineView, ApiError> {
+        let machine = self.machine_named(&name)?;
+        {
+            let mut standing = machine.lock().await;
+            if self.is_migrating(&standing) {
+                return Err(busy_migrating(&name));
+            }
+            let Some(running) = standing.running.take() else {
+                return Err(ApiError::new(
+                    ErrorCode::WrongState,
+                    format!("machine `{name}` does not run"),
+                ));
+            };
+            if !request.force && !running.has_ended() {
+                match running.shut_down(SHUTDOWN_PATIENCE).await {
+                    Ok(true) => {}
+                    Ok(false) => {
+                        standing.running = Some(running);
+                        return Err(ApiError::new(
+                            ErrorCode::Qemu,
+                            format!(
+                                "the guest did not shut down within {} s",
+                                SHUTDOWN_PATIENCE.as_secs()
+                            ),
+                        )
+                        .machine_state("it runs on")
+                        .next_step("shut it down from within, or end it with --force"));
+                    }
+                    Err(error) => {
+                        standing.running = Some(running);
+                        return Err(error.into());
+                    }
+                }
+            }
+            for disk in &running.disks {
+                // What the guest flushed is durable; this is for what it did not.
+                if let Err(error) = disk.file().sync().await {
+                    tracing::warn!(%error, "a disk cannot be synced");
+                }
+            }
+            running.kill().await;
+            standing.runtime.process = None;
+            save(&self.host, &standing);
+        }
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn adopt_machine(&self, request: AdoptRequest) -> Result<MachineView, ApiError> {
+        let mut spec = request.spec;
+        spec.fill_macs();
+        let runtime = MachineRuntime::fresh();
+        self.host.state.add_machine(&spec, &runtime)?;
+        let adopted = self.try_adopt(&spec, &request.qmp).await;
+        let running = match adopted {
+            Ok(running) => running,
+            Err(error) => {
+                self.host.state.remove_machine(&spec.name)?;
+                return Err(error.machine_state("the running QEMU was not touched"));
+            }
+        };
+        self.claim_volumes(&spec)?;
+        let runtime = MachineRuntime {
+            process: Some(running.process.clone()),
+            ..runtime
+        };
+        self.host.state.save_runtime(&spec.name, &runtime)?;
+        let machine = Machine::new(spec, runtime, Some(running));
+        let machine = self.machines.insert(machine);
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn undefine_machine(&self, name: Name) -> Result<(), ApiError> {
+        let machine = self.machine_named(&name)?;
+        let standing = machine.lock().await;
+        if standing.running.as_ref().is_some_and(|r| !r.has_ended()) {
+            return Err(
+                ApiError::new(ErrorCode::Busy, format!("machine `{name}` runs"))
+                    .next_step("stop it first"),
+            );
+        }
+        for disk in &standing.spec.disks {
+            if let Ok(mut record) = self.host.state.volume(&disk.volume) {
+                record.machine = None;
+                self.host.state.save_volume(&record)?;
+            }
+        }
+        self.host.state.remove_machine(&name)?;
+        self.machines.remove(&name);
+        Ok(())
+    }
+
+    async fn migrations(&self) -> Result<Listed<MigrationView>, ApiError> {
+        let items = Daemon::migrations(self)
+            .values()
+            .map(|held| held.board.view())
+            .collect();
+        Ok(Listed {
+            items,
+            damaged: Vec::new(),
+        })
+    }
+
+    async fn migration(&self, id: MigrationId) -> Result<MigrationView, ApiError> {
+        Daemon::migrations(self)
+            .get(&id)
+            .map(|held| held.board.view())
+            .ok_or_else(|| no_migration(&id))
+    }
+
+    async fn migrate(&self, request: MigrateRequest) -> Result<MigrationView, ApiError> {
+        let machine = self.machine_named(&request.machine)?;
+        let mut standing = machine.lock().await;
+        if self.is_migrating(&standing) {
+            return Err(busy_migrating(&request.machine));
+        }
+        if standing.runtime.ownership != Ownership::Local {
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                format!(
+                    "machine `{}` is {}",
+                    request.machine, standing.runtime.ownership
+                ),
+            )
+            .next_step("a machine that is still arriving can move on when it is complete"));
+        }
+        let Some(running) = standing.running.as_ref().filter(|r| !r.has_ended()) else {
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                format!("machine `{}` does not run", request.machine),
+            )
+            .next_step("start it first"));
+        };
+        let session = fresh_id()?;
+        let dialler = Arc::new(Dialler::new(
+            self.host.identity.clone(),
+            self.host.trust.clone(),
+            self.host.name.clone(),
+            request.to.clone(),
+            session,
+        ));
+        // The first failure to reach the peer is the caller's to hear, with nothing begun.
+        let first = dialler.dial(Class::Control).await.map_err(|error| {
+            ApiError::from(error)
+                .machine_state("the machine runs here as before; nothing was begun")
+        })?;
+        let id: MigrationId = session
+            .to_string()
+            .parse()
+            .expect("32 hexadecimal digits are a migration's id");
+        let folder = self.host.state.add_migration(&id)?;
+        StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
+        let journal = MigrationJournal::open(&folder)
+            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
+        let mut view = first_view(
+            id.clone(),
+            request.machine.clone(),
+            request.to.clone(),
+            Direction::Outgoing,
+        );
+        view.bandwidth = request.bandwidth;
+        let board = Arc::new(Board::new(view));
+        let flow = Arc::new(Flow::default());
+        let pace = self.host.pace.under(rate_of(request.bandwidth));
+        let (ram_changes, changes) = watch::channel(true);
+        let gear = Gear {
+            dialler,
+            flow: flow.clone(),
+            pace: pace.clone(),
+            pushes: 1,
+            ram_changes: changes,
+        };
+        let (commands, queue) = mpsc::channel(8);
+        let outgoing = Outgoing::new(Setup {
+            host: self.host.clone(),
+            machine: machine.clone(),
+            board: board.clone(),
+            journal,
+            link: Departure::start(first, gear),
+            flow,
+            pace: pace.clone(),
+            commands: queue,
+            spec: standing.spec.clone(),
+            runtime: standing.runtime.clone(),
+            qmp: running.qmp.clone(),
+            disks: running.disks.clone(),
+            ram: match request.ram {
+                RamMode::Auto => WireRam::Auto,
+                RamMode::Postcopy => WireRam::Postcopy,
+                RamMode::Precopy => WireRam::Precopy,
+            },
+            hold: request.hold,
+            ram_changes,
+            ram_socket: self
+                .host
+                .state
+                .machine_folder(&request.machine)
+                .join("ram-out.sock"),
+        });
+        self.hold(
+            id.clone(),
+            Held {
+                machine: request.machine,
+                board: board.clone(),
+                commands: Some(commands),
+                pace: Some(pace),
+            },
+        );
+        standing.migration = Some(id);
+        drop(standing);
+        tokio::spawn(outgoing.run());
+        Ok(board.view())
+    }
+
+    async fn switch(&self, machine: Name) -> Result<MigrationView, ApiError> {
+        self.command(&machine, Command::Switch).await
+    }
+
+    async fn cancel(&self, machine: Name) -> Result<MigrationView, ApiError> {
+        let held = self.held_of(&machine)?;
+        let phase = held.board.view().phase;
+        if !matches!(phase, Phase::Prepare | Phase::Copy | Phase::Quiesce) {
+            return Err(ApiError::new(
+                ErrorCode::WrongState,
+                format!("the migration of `{machine}` is in phase {phase}: it cannot be cancelled any more"),
+            )
+            .machine_state("the destination owns the machine")
+            .next_step("let it complete, then migrate back"));
+        }
+        self.command(&machine, Command::Cancel).await
+    }
+
+    async fn throttle(
+        &self,
+        machine: Name,
+        bandwidth: RateLimit,
+    ) -> Result<MigrationView, ApiError> {
+        let held = self.held_of(&machine)?;
+        let pace = held.pace.as_ref().ok_or_else(only_at_source)?;
+        pace.set_rate(rate_of(bandwidth));
+        held.board.update(|view| view.bandwidth = bandwidth);
+        Ok(held.board.view())
+    }
+
+    async fn watch(&self, id: MigrationId) -> Result<watch::Receiver<MigrationView>, ApiError> {
+        Daemon::migrations(self)
+            .get(&id)
+            .map(|held| held.board.watch())
+            .ok_or_else(|| no_migration(&id))
+    }
+}
+
+impl Daemon {
+    fn is_migrating(&self, standing: &Standing) -> bool {
+        let migrations = Daemon::migrations(self);
+        standing
+            .migration
+            .as_ref()
+            .and_then(|id| migrations.get(id))
+            .is_some_and(|held| !held.board.view().phase.is_final())
+    }
+
+    async fn command(&self, machine: &Name, command: Command) -> Result<MigrationView, ApiError> {
+        let held = self.held_of(machine)?;
+        let commands = held.commands.as_ref().ok_or_else(only_at_source)?;
+        // A driver that has ended has nothing left to be told.
+        let _ = commands.send(command).await;
+        Ok(held.board.view())
+    }
+
+    async fn try_adopt(
+        &self,
+        spec: &MachineSpec,
+        qmp: &Path,
+    ) -> Result<crate::machine::Running, ApiError> {
+        probe(&self.host.config).await?;
+        let disks = open_disks(&self.host, spec).await?;
+        let folder = self.host.state.machine_folder(&spec.name);
+        let server = DiskServer::start(&folder.join("nbd.sock"), &disks)?;
+        let adoption = Adoption { spec, qmp };
+        Ok(adopt(adoption, disks, server).await?)
+    }
+}
+
+fn volume_error(error: whimbrel_volume::VolumeError) -> ApiError {
+    let code = if error.is_no_space() {
+        ErrorCode::StorageFull
+    } else {
+        ErrorCode::Io
+    };
+    ApiError::new(code, error.to_string())
+        .machine_state("no volume was made")
+        .next_step("put right what the message names and try again")
+}
+
+fn no_migration(id: &MigrationId) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no migration `{id}`"))
+        .next_step("list migrations with `whimbrel status`")
+}
+
+fn busy_migrating(name: &Name) -> ApiError {
+    ApiError::new(ErrorCode::Busy, format!("machine `{name}` is migrating"))
+        .next_step("watch it with `whimbrel watch`, or give it up with `whimbrel cancel`")
+}
+
+fn only_at_source() -> ApiError {
+    ApiError::new(
+        ErrorCode::WrongState,
+        "a migration is steered at its source",
+    )
+    .next_step("say it on the host the machine comes from")
+}
