@@ -213,6 +213,8 @@ struct Handshakes(VecDeque<Unfinished>);
 impl Handshakes {
     /// Drops the oldest handshake for one that comes from `ip`, where a bound asks for it.
     fn make_room(&mut self, ip: IpAddr, settings: &ListenSettings) -> Option<SocketAddr> {
+        // Those that ended by themselves and were not yet reaped need not be dropped.
+        self.0.retain(|u| !u.task.is_finished());
         let of_ip = self.0.iter().filter(|u| u.addr.ip() == ip).count();
         let oldest = if of_ip >= settings.unfinished_by_address.max(1) {
             self.0.iter().position(|u| u.addr.ip() == ip)?
