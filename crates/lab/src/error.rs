@@ -25,6 +25,13 @@ pub enum LabError {
     #[error("network namespace {name}: {source}")]
     Namespace { name: String, source: io::Error },
 
+    #[error("in {namespace}, {device} does not come up within {after:?}")]
+    DeviceDown {
+        namespace: String,
+        device: &'static str,
+        after: Duration,
+    },
+
     #[error("tun device {device}: {step}: {source}")]
     Tun {
         device: String,

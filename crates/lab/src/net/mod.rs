@@ -12,6 +12,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 pub use namespace::Namespace;
 
@@ -38,6 +39,9 @@ const DEVICE_QUEUE: u32 = 10_000;
 
 /// Largest TCP buffer of a connection between hosts: twice the product of 1 Gbit/s and 300 ms.
 const TCP_BUFFERS: &str = "4096 131072 75000000";
+
+/// How long the kernel may take to find a device of ours up.
+const UP_WITHIN: Duration = Duration::from_secs(10);
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -168,6 +172,10 @@ impl Lab {
         };
         let tun_a = raise_host(&host_a, Host::A)?;
         let tun_b = raise_host(&host_b, Host::B)?;
+        for namespace in [&host_a, &host_b] {
+            await_devices(namespace, &["lan", BRIDGE])?;
+        }
+        await_devices(&client, &["host-a", "host-b", BRIDGE])?;
         // A neighbour that was away must be asked for again at once, not once a second.
         client.sysctl(&[("net/ipv4/neigh/br0/retrans_time_ms", "50")])?;
         let wan = Wan::start(tun_a, tun_b, spec.wan)?;
@@ -310,6 +318,26 @@ fn host_lines(host: Host) -> Vec<String> {
         "link set {WAN_DEVICE} mtu {MTU} txqueuelen {DEVICE_QUEUE} up"
     ));
     lines
+}
+
+/// Waits until the devices carry traffic: a few milliseconds as a rule.
+fn await_devices(namespace: &Namespace, devices: &[&'static str]) -> Result<(), LabError> {
+    let deadline = Instant::now() + UP_WITHIN;
+    loop {
+        let up = ip::devices_up(namespace.name())?;
+        let down = devices.iter().find(|&&name| up.iter().all(|up| up != name));
+        let Some(&device) = down else {
+            return Ok(());
+        };
+        if Instant::now() >= deadline {
+            return Err(LabError::DeviceDown {
+                namespace: namespace.name().to_owned(),
+                device,
+                after: UP_WITHIN,
+            });
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Names go into a batch of commands: a space would be another argument.

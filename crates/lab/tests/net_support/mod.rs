@@ -2,14 +2,14 @@
 #![allow(dead_code)]
 
 use std::net::{Ipv4Addr, UdpSocket};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use whimbrel_lab::LabError;
-use whimbrel_lab::net::{BRIDGE, Host, Lab, LabSpec, Namespace, Place, guest_address};
+use whimbrel_lab::net::{BRIDGE, CLIENT, Host, Lab, LabSpec, Namespace, Place, guest_address};
 use whimbrel_lab::wan::{LineSpec, WanSpec};
 
 pub fn ms(n: u64) -> Duration {
@@ -95,15 +95,23 @@ impl FakeGuest {
         ip(host, &format!("link set g0 master {BRIDGE} up"));
         ip(guest, &format!("addr add {}/24 dev eth0", self.address));
         ip(guest, "link set eth0 up");
+        self.announce();
     }
 
     pub fn unplug(&self) {
         ip(self.namespace.name(), "link del eth0");
     }
 
-    /// Says something, so that the bridges learn where it is now, as QEMU does after a migration.
-    pub fn announce(&self) {
-        self.say("here");
+    /// Speaks until it is heard, so that the bridges know where it is now; QEMU announces a guest it
+    /// took over, too. The kernel drops what is sent in a card's first moments.
+    fn announce(&self) {
+        let mut ping = Command::new("ping");
+        ping.args(["-q", "-c", "1", "-W", "1", "-w", "1"])
+            .arg(CLIENT.to_string());
+        ping.stdout(Stdio::null()).stderr(Stdio::null());
+        self.namespace.enter(&mut ping);
+        let heard = (0..20).any(|_| ping.status().unwrap().success());
+        assert!(heard, "the client does not hear the guest");
     }
 
     /// Sends a datagram to the client's port for lines.
@@ -111,7 +119,7 @@ impl FakeGuest {
         let text = text.to_owned();
         let said = self.namespace.thread("say", move || {
             let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-            socket.send_to(text.as_bytes(), (whimbrel_lab::net::CLIENT, 7777))
+            socket.send_to(text.as_bytes(), (CLIENT, 7777))
         });
         said.unwrap().join().unwrap().unwrap().unwrap();
     }
