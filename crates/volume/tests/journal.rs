@@ -299,7 +299,8 @@ fn child_that_writes_until_killed() {
             .map(|_| {
                 let (file, journal, next) = (file.clone(), journal.clone(), next.clone());
                 tokio::spawn(async move {
-                    loop {
+                    // Far more than it lives to write.
+                    while next.load(Ordering::Relaxed) < 1 << 40 {
                         let unit = next.fetch_add(1, Ordering::Relaxed) * 7919 % UNITS;
                         let bytes = Bytes::from(vec![(unit % 251) as u8 + 1; UNIT as usize]);
                         file.write(unit * UNIT, bytes).await.unwrap();

@@ -63,7 +63,7 @@ impl Delta {
             let chunk = unit / CHUNK;
             let chunk_end = ((chunk + 1) * CHUNK).min(self.units);
             let end = extent.end().min(chunk_end);
-            if unit % CHUNK == 0 && end == chunk_end {
+            if unit.is_multiple_of(CHUNK) && end == chunk_end {
                 // As many whole chunks as the extent has.
                 let last = if extent.end() == self.units {
                     self.units.div_ceil(CHUNK)
