@@ -14,15 +14,15 @@ use crate::process;
 use crate::setup;
 use crate::workspace::Workspace;
 
-const WHIMBREL: (&str, &str) = ("whimbrel-cli", "whimbrel");
-const LAB: (&str, &str) = ("whimbrel-lab", "whimbrel-lab");
+const WHIMBREL: &str = "whimbrel";
+const LAB: &str = "whimbrel-lab";
 const WORKLOAD: &str = "whimbrel-workload";
 
 /// What runs inside the guests is built for; named, so that the flags are not used for build scripts as well.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Profile {
+enum Profile {
     Dev,
     Release,
 }
@@ -54,10 +54,38 @@ impl Artifacts {
     }
 }
 
-/// Builds `whimbrel` and the guests' workload.
-pub fn build(workspace: &Workspace, profile: Profile) -> Result<Artifacts, Error> {
+/// Builds `whimbrel` and the guests' workload as tests use them.
+pub fn for_tests(workspace: &Workspace) -> Result<Artifacts, Error> {
+    artifacts(workspace, Profile::Dev, &[WHIMBREL])
+}
+
+/// `cargo xtask demo ...` and `cargo xtask bench ...`: becomes the laboratory's program with the same arguments.
+pub fn exec_lab(workspace: &Workspace, args: &[String]) -> Result<(), Error> {
+    setup::for_running(workspace)?;
+    println!("Building the release programs (minutes the first time, then nothing)");
+    let artifacts = artifacts(workspace, Profile::Release, &[WHIMBREL, LAB])?;
+    let mut lab = Command::new(program(workspace, Profile::Release, LAB));
+    lab.args(args);
+    artifacts.export(&mut lab);
+    let cause = lab.exec();
+    Err(process::start(&lab, cause))
+}
+
+fn artifacts(
+    workspace: &Workspace,
+    profile: Profile,
+    programs: &[&str],
+) -> Result<Artifacts, Error> {
+    let mut cargo = workspace.cargo();
+    // Of the whole workspace, although few programs are wanted: asked for one package alone, cargo would choose other
+    // features for what they share, and the tests would build it all a second time.
+    cargo
+        .args(["build", "--quiet", "--workspace"])
+        .args(profile.args());
+    cargo.args(programs.iter().flat_map(|name| ["--bin", name]));
+    process::run(&mut cargo)?;
     let mut variables = vec![
-        ("WHIMBREL_BIN", build_program(workspace, profile, WHIMBREL)?),
+        ("WHIMBREL_BIN", program(workspace, profile, WHIMBREL)),
         ("WHIMBREL_WORKLOAD", build_workload(workspace)?),
     ];
     if let Some(kernel) = kernel::find(workspace) {
@@ -66,29 +94,8 @@ pub fn build(workspace: &Workspace, profile: Profile) -> Result<Artifacts, Error
     Ok(Artifacts { variables })
 }
 
-/// `cargo xtask demo ...` and `cargo xtask bench ...`: becomes the laboratory's program with the same arguments.
-pub fn exec_lab(workspace: &Workspace, args: &[String]) -> Result<(), Error> {
-    setup::for_running(workspace)?;
-    println!("Building the release programs (minutes the first time, then nothing)");
-    let artifacts = build(workspace, Profile::Release)?;
-    let mut lab = Command::new(build_program(workspace, Profile::Release, LAB)?);
-    lab.args(args);
-    artifacts.export(&mut lab);
-    let cause = lab.exec();
-    Err(process::start(&lab, cause))
-}
-
-fn build_program(
-    workspace: &Workspace,
-    profile: Profile,
-    (package, name): (&str, &str),
-) -> Result<PathBuf, Error> {
-    let mut cargo = workspace.cargo();
-    cargo
-        .args(["build", "--quiet", "--package", package, "--bin", name])
-        .args(profile.args());
-    process::run(&mut cargo)?;
-    Ok(workspace.target().join(profile.folder()).join(name))
+fn program(workspace: &Workspace, profile: Profile, name: &str) -> PathBuf {
+    workspace.target().join(profile.folder()).join(name)
 }
 
 fn build_workload(workspace: &Workspace) -> Result<PathBuf, Error> {

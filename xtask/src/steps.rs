@@ -130,7 +130,13 @@ pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
                 "clippy::dbg_macro",
             ]),
         Step::Docs => cargo
-            .args(["doc", "--quiet", "--workspace", "--no-deps"])
+            .args([
+                "doc",
+                "--quiet",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+            ])
             .env("RUSTDOCFLAGS", "-D warnings"),
         Step::Doctests => cargo.args(["test", "--quiet", "--workspace", "--doc"]),
         Step::Tests => {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::artifacts::{self, Profile};
+use crate::artifacts;
 use crate::error::Error;
 use crate::needs;
 use crate::steps::{self, Selection, Step};
@@ -50,7 +50,7 @@ pub fn run(workspace: &Workspace, args: &[String]) -> Result<(), Error> {
             );
         }
         println!("== build: the programs that end-to-end tests start");
-        let artifacts = timed("build", || artifacts::build(workspace, Profile::Dev))?;
+        let artifacts = timed("build", || artifacts::for_tests(workspace))?;
         println!(
             "== tests: {} ({} so far)",
             Step::Tests.what(),
