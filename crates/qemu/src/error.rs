@@ -71,6 +71,12 @@ pub enum Error {
     TooMuchRam { bytes: u64, limit: u64 },
     #[error("RAM block {name} has pages of {page_size} bytes; only 4096 can be moved")]
     PageSize { name: String, page_size: u64 },
+    /// See [`SourceOptions::accept_lost_writes`](crate::source::SourceOptions::accept_lost_writes).
+    #[error(
+        "QEMU {version} without KVM loses track of the guest's writes: every migration of it, \
+         QEMU's own too, can corrupt the guest"
+    )]
+    LosesWrites { version: crate::qmp::Version },
     #[error("the machine has live state besides RAM that cannot be handed over: section {idstr}")]
     OtherLiveSection { idstr: String },
     #[error("source migration failed, guest {state:?}: {reason}")]

@@ -336,7 +336,7 @@ fn request(
     }
     let block = last.ok_or_else(|| ReturnError::Block(String::new()))?;
     let end = start.checked_add(u64::from(len));
-    let aligned = start % UNIT == 0 && u64::from(len) % UNIT == 0 && len != 0;
+    let aligned = start.is_multiple_of(UNIT) && u64::from(len).is_multiple_of(UNIT) && len != 0;
     match end {
         Some(end) if aligned && end <= blocks[block].len => {
             Ok((block, Extent::touching(start, u64::from(len))))

@@ -106,7 +106,7 @@ impl PostcopySink {
     /// Places whole units from `start` on. After the switch [`Error::PlacedTwice`] if QEMU has one of
     /// them: nothing of that piece of up to 256 KiB is sent then.
     pub async fn place(&self, block: usize, start: u64, mut data: Bytes) -> Result<()> {
-        if data.len() as u64 % UNIT != 0 {
+        if !(data.len() as u64).is_multiple_of(UNIT) {
             return Err(Error::NotWholeUnits { len: data.len() });
         }
         let mut extent = Extent::new(start, data.len() as u64 / UNIT);

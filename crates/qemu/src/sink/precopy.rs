@@ -52,7 +52,7 @@ impl PrecopySink {
 
     /// Places whole units from `start` on; the last copy of a unit counts.
     pub async fn place(&self, block: usize, start: u64, mut data: Bytes) -> Result<()> {
-        if data.len() as u64 % UNIT != 0 {
+        if !(data.len() as u64).is_multiple_of(UNIT) {
             return Err(Error::NotWholeUnits { len: data.len() });
         }
         let whole = Extent::new(start, data.len() as u64 / UNIT);

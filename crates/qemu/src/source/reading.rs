@@ -126,7 +126,7 @@ impl Reading {
         let mut section_start = 0;
         let mut distinct = 0;
         loop {
-            match stream.next()? {
+            match stream.next_event()? {
                 Event::Configuration(content) => configuration = content,
                 Event::Layout {
                     section,

@@ -130,7 +130,7 @@ impl<R: Read> StreamReader<R> {
     }
 
     /// The next event; [`Event::Eof`] again and again once the stream is over.
-    pub fn next(&mut self) -> Result<Event<'_>, StreamError> {
+    pub fn next_event(&mut self) -> Result<Event<'_>, StreamError> {
         if self.at == At::Header {
             let magic = self.input.u32("header")?;
             if magic != MAGIC {
@@ -370,14 +370,20 @@ impl<R: Read> StreamReader<R> {
             }
             if let Some(&(start, _)) = candidates.iter().find(|&&(start, end)| {
                 end == state.len()
-                    && serde_json::from_slice::<serde::de::IgnoredAny>(&state[start + 6..end])
-                        .is_ok()
+                    && serde_json::from_slice::<Description>(&state[start + 6..end]).is_ok()
             }) {
                 state.truncate(start);
                 return Ok(state);
             }
         }
     }
+}
+
+/// What every description of a machine's state has.
+#[derive(serde::Deserialize)]
+struct Description {
+    #[serde(rename = "devices")]
+    _devices: Vec<serde::de::IgnoredAny>,
 }
 
 /// Whether `EOF, VMDESCRIPTION, len, "{"` stands at `at` and where that description would end; the

@@ -100,7 +100,7 @@ pub fn zeros(out: &mut Vec<u8>, block: &RamBlock, extent: Extent, mut named: boo
 
 fn record(out: &mut Vec<u8>, block: &RamBlock, unit: u64, kind: u64, named: bool) {
     let flags = kind | if named { RAM_CONTINUE } else { 0 };
-    out.extend((unit * UNIT | flags).to_be_bytes());
+    out.extend(((unit * UNIT) | flags).to_be_bytes());
     if !named {
         name(out, &block.name);
     }
@@ -134,7 +134,7 @@ pub fn package(out: &mut Vec<u8>, device_state: &[u8]) {
 /// The end of a pre-copy's stream. QEMU waits for the description of the devices that its own streams
 /// carry there, and looks at nothing in it.
 pub fn eof_described(out: &mut Vec<u8>) {
-    const NOTHING: &[u8] = b"{}";
+    const NOTHING: &[u8] = br#"{"devices":[]}"#;
     out.push(EOF);
     out.push(VMDESCRIPTION);
     out.extend((NOTHING.len() as u32).to_be_bytes());

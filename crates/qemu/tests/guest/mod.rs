@@ -190,7 +190,7 @@ impl Guest {
             let (tick, rest) = rest.split_once(" checked ")?;
             rest.ends_with(" errors 0").then(|| tick.parse().ok())?
         });
-        ticks.last().unwrap_or(0)
+        ticks.max().unwrap_or(0)
     }
 
     /// Waits until the guest has ticked past `tick`; gives up after two minutes.

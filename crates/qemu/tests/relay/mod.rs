@@ -63,7 +63,7 @@ async fn place(source: &RamSource, sink: &PostcopySink, block: usize, extent: Ex
     }
 }
 
-/// Pre-copies everything there is, and returns nothing: what changes meanwhile is [`changed`].
+/// Pre-copies everything there is; what changes meanwhile, [`changed`] tells afterwards.
 pub async fn precopy(source: &RamSource, sink: &PostcopySink) {
     // Asked before anything is read: whatever arrives from here on counts as changed.
     changed(source, None);
