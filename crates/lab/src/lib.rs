@@ -16,6 +16,7 @@
 pub mod error;
 pub mod guest;
 pub mod net;
+pub mod pair;
 mod priority;
 pub mod probe;
 pub mod process;
