@@ -2,9 +2,8 @@
 
 use std::io;
 use std::path::PathBuf;
-use whimbrel_host::api::{ApiError, ErrorCode, MigrationState, MigrationView, SocketError};
+use whimbrel_host::api::{ApiError, ErrorCode, MigrationState, MigrationView};
 use whimbrel_host::config::ConfigError;
-use whimbrel_host::daemon::DaemonError;
 use whimbrel_host::state::{Name, SpecError, StateError};
 use whimbrel_peer::PeerError;
 
@@ -59,8 +58,6 @@ pub enum CliError {
     },
     #[error("cannot start: {0}")]
     Runtime(io::Error),
-    #[error("{0}")]
-    Daemon(Box<DaemonError>),
 }
 
 fn settled(view: &MigrationView) -> String {
@@ -101,8 +98,7 @@ impl CliError {
             | CliError::File { .. }
             | CliError::Interrupted { .. }
             | CliError::LogFilter { .. }
-            | CliError::Runtime(_)
-            | CliError::Daemon(_) => Exit::Failed,
+            | CliError::Runtime(_) => Exit::Failed,
         }
     }
 
@@ -172,35 +168,8 @@ impl CliError {
             CliError::Runtime(_) => told(ErrorCode::Io)
                 .machine_state("nothing was changed")
                 .next_step("see whether this process may still open files and start threads"),
-            CliError::Daemon(error) => explain_daemon(&**error),
         }
     }
-}
-
-/// A daemon's error in the words of the cause that knows what to do; else in its own.
-fn explain_daemon(error: &(dyn std::error::Error + 'static)) -> ApiError {
-    let mut what = error.to_string();
-    let mut cause = Some(error);
-    while let Some(e) = cause {
-        let known = e
-            .downcast_ref::<StateError>()
-            .map(ApiError::from)
-            .or_else(|| e.downcast_ref::<SocketError>().map(ApiError::from))
-            .or_else(|| e.downcast_ref::<PeerError>().map(ApiError::from))
-            .or_else(|| e.downcast_ref::<ApiError>().cloned());
-        if let Some(known) = known {
-            return ApiError { what, ..known };
-        }
-        cause = e.source();
-        // What a cause adds to its effect's own words; usually nothing.
-        if let Some(text) = cause.map(ToString::to_string).filter(|t| !what.contains(t)) {
-            what.push_str(": ");
-            what.push_str(&text);
-        }
-    }
-    ApiError::new(ErrorCode::Io, what)
-        .machine_state("machines keep running without the daemon")
-        .next_step("correct what is named here and start the daemon again")
 }
 
 impl From<ApiError> for CliError {
@@ -233,40 +202,9 @@ impl From<PeerError> for CliError {
     }
 }
 
-impl From<DaemonError> for CliError {
-    fn from(error: DaemonError) -> CliError {
-        CliError::Daemon(Box::new(error))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("cannot take the state: {0}")]
-    struct Wrapped(#[source] StateError);
-
-    fn locked() -> StateError {
-        StateError::Locked {
-            path: PathBuf::from("/s/lock"),
-            pid: Some(7),
-        }
-    }
-
-    #[test]
-    fn a_daemons_error_keeps_the_next_step_of_its_cause() {
-        let told = explain_daemon(&Wrapped(locked()));
-        assert!(
-            told.what
-                .starts_with("cannot take the state: another daemon (process 7)"),
-            "{}",
-            told.what
-        );
-        assert_eq!(told.next_step, ApiError::from(locked()).next_step);
-        let told = explain_daemon(&io::Error::other("no route"));
-        assert!(told.what.contains("no route") && told.next_step.is_some());
-    }
 
     #[test]
     fn exit_codes_follow_from_what_happened() {

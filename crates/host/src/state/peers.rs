@@ -69,6 +69,17 @@ impl From<&PeerError> for ApiError {
             | PeerError::TooManyAddresses { .. } => {
                 told(ErrorCode::Invalid, "correct it and try again")
             }
+            PeerError::PortInUse { .. }
+            | PeerError::NoSuchAddress { .. }
+            | PeerError::Bind { .. } => told(
+                ErrorCode::Io,
+                "name another address with --listen, or free this one",
+            )
+            .machine_state("the daemon did not start; machines are as they were"),
+            PeerError::IdentityMaking(_)
+            | PeerError::TlsSetup(_)
+            | PeerError::OwnGreeting(_)
+            | PeerError::ListenerClosed => told(ErrorCode::Internal, "look into the daemon's log"),
             _ if error.may_pass() => told(
                 ErrorCode::PeerUnreachable,
                 "see that the daemon runs at the peer and that this host reaches its address",

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use whimbrel_engine::switchover::Epoch;
+use whimbrel_peer::PeerError;
 use whimbrel_peer::trust::TrustStore;
 
 fn name(text: &str) -> Name {
@@ -362,6 +363,15 @@ fn another_key_under_a_known_name_is_refused() {
     assert!(error.next_step.unwrap().contains("untrust b"));
     let peer = store.get(&"b".parse().unwrap()).unwrap();
     assert_eq!(peer.addresses[0].as_str(), "b:2");
+}
+
+#[test]
+fn a_port_in_use_is_not_blamed_on_a_peer() {
+    let error = ApiError::from(PeerError::PortInUse {
+        addr: "127.0.0.1:1".parse().unwrap(),
+    });
+    assert_eq!(error.code, crate::api::ErrorCode::Io);
+    assert!(error.next_step.unwrap().contains("--listen"));
 }
 
 proptest! {
