@@ -384,11 +384,15 @@ impl Inner {
                 return;
             }
             drop(writes);
-            for write in batch {
+            let results: Vec<_> = batch
+                .iter()
+                .map(|write| self.write_blocking(write.offset, &write.bytes))
+                .collect();
+            // All answers at the end: one by one, each would wake its caller, who would take this
+            // thread's core to queue a single write.
+            for (write, result) in batch.into_iter().zip(results) {
                 // Nobody may be waiting any more; written is written.
-                let _ = write
-                    .done
-                    .send(self.write_blocking(write.offset, &write.bytes));
+                let _ = write.done.send(result);
             }
         }
     }
