@@ -1,0 +1,106 @@
+//! A QEMU started from a spec is what the spec says.
+
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use whimbrel_qemu::info::{PhysicalMap, info};
+use whimbrel_qemu::launch::{Drive, LaunchSpec, Nic, probe};
+
+/// An NBD server for one file, killed at the end.
+struct Server(Child);
+
+impl Server {
+    fn start(dir: &Path, socket: &Path, export: &str) -> Server {
+        let image = dir.join("image");
+        let file = std::fs::File::create(&image).expect("image");
+        file.set_len(8 << 20).expect("image");
+        let child = Command::new("qemu-nbd")
+            .args(["-t", "-f", "raw", "-x", export, "-k"])
+            .arg(socket)
+            .arg(image)
+            .spawn()
+            .expect("qemu-nbd");
+        let until = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            assert!(Instant::now() < until, "qemu-nbd does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Server(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let socket = dir.path().join("disks, all.sock");
+    let _server = Server::start(dir.path(), &socket, "vm 1/root");
+    let binary = Path::new("qemu-system-x86_64");
+    let machine = probe(binary).await.expect("probed");
+    let machine = machine.concrete("q35").expect("q35").to_owned();
+    let spec = LaunchSpec {
+        binary: binary.into(),
+        name: "vm 1".into(),
+        machine: machine.clone(),
+        cpu: "qemu64".into(),
+        // More than fits below the hole; none of it is touched.
+        memory_bytes: 5 << 30,
+        vcpus: 2,
+        accel: vec!["tcg".into()],
+        kernel: None,
+        drives: vec![Drive {
+            name: "disk0".into(),
+            socket: socket.clone(),
+            export: "vm 1/root".into(),
+            reconnect_delay: 30,
+            read_only: false,
+        }],
+        nics: vec![Nic {
+            name: "nic0".into(),
+            ifname: format!("wq{}", std::process::id()),
+            mac: "02:00:00:00:00:17".into(),
+        }],
+        serial: Some(dir.path().join("serial")),
+        qmp: vec![dir.path().join("qmp0"), dir.path().join("qmp1")],
+        incoming: false,
+        extra: vec!["-S".into()],
+    };
+    let launched = spec.spawn(&dir.path().join("log")).expect("started");
+    let qmp = launched.connect().await.expect("monitor");
+
+    let info = info(&qmp).await.expect("info");
+    assert_eq!(info.machine_type, machine);
+    assert_eq!(info.memory_bytes, 5 << 30);
+    assert_eq!(info.status, "prelaunch");
+    assert_eq!(info.pid, Some(launched.pid as i32));
+    assert_eq!(info.nbd.len(), 1);
+    assert_eq!(info.nbd[0].node, "disk0-nbd");
+    assert_eq!(info.nbd[0].socket, socket);
+    assert_eq!(info.nbd[0].export, "vm 1/root");
+
+    let map = PhysicalMap::query(&qmp).await.expect("map");
+    assert_eq!(map.find(1 << 20), Some(("pc.ram", 1 << 20)));
+    assert_eq!(map.find(4 << 30), Some(("pc.ram", 2 << 30)));
+    assert_eq!(map.find(3 << 30), None);
+
+    let cards = qmp.execute("query-rx-filter", json!({})).await;
+    assert_eq!(cards.expect("cards")[0]["main-mac"], "02:00:00:00:00:17");
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", launched.pid));
+    let stat = stat.expect("alive");
+    let (_, fields) = stat.rsplit_once(") ").expect("a name");
+    let session = fields.split(' ').nth(3).expect("a session");
+    assert_eq!(session, launched.pid.to_string(), "a session of its own");
+
+    qmp.execute("quit", json!({})).await.expect("quit");
+    let status = launched.exited().await.expect("seen");
+    assert!(status.success());
+    qmp.closed().await;
+}
