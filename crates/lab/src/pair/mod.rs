@@ -30,12 +30,13 @@ pub use site::{Site, SiteSpec};
 
 use crate::net::{Host, Lab, LabSpec};
 use answers::MachineView;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long a guest without KVM may take from its start to its first report.
 const BOOT_WITHIN: Duration = Duration::from_secs(120);
 
-/// How long the daemon may take to see that a guest's QEMU has ended.
+/// How long QEMU may take to end after its guest has shut down.
 const END_WITHIN: Duration = Duration::from_secs(30);
 
 /// Two hosts that trust each other, both daemons up.
@@ -166,18 +167,19 @@ impl Pair {
     /// Shuts the guest down on the host where it runs, and checks everything: its own last words, then,
     /// with the machine stopped, its disk there.
     pub fn finish(&self, host: Host, guest: &mut Guest) -> Result<Verdict, PairError> {
+        let pid = self.machine(host, guest.name())?.and_then(|m| m.pid);
         let outcome = guest.power_off(&self.lab)?;
+        // The process itself is looked at: a daemon may show a machine as stopped a little before or after.
+        let process = pid.map(|pid| PathBuf::from(format!("/proc/{pid}/exe")));
         let deadline = Instant::now() + END_WITHIN;
-        while let Some(view) = self.machine(host, guest.name())?
-            && view.pid.is_some()
-        {
+        while process.as_ref().is_some_and(|p| p.read_link().is_ok()) {
             if Instant::now() >= deadline {
                 return Err(PairError::StillThere {
                     machine: guest.name().to_owned(),
                     after: END_WITHIN,
                 });
             }
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(50));
         }
         let volume: answers::VolumeView =
             self.on(host).answer(&["volume", "show", guest.name()])?;

@@ -1,0 +1,59 @@
+//! A running machine moves, RAM and disk, and everything is as it was.
+
+mod e2e_support;
+
+use e2e_support::{NAME, can_run, fast, start};
+use whimbrel_lab::net::Host;
+use whimbrel_lab::pair::answers::{MachineStatus, SpaceKind};
+
+#[test]
+fn a_running_machine_moves_and_verifies() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    let ended = scene.moves(Host::A, &[]);
+    let view = ended.last.expect("a last word").view;
+    let report = view.report.expect("a report");
+    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    assert!(report.verified);
+    assert_eq!(report.units_sent_again, 0);
+    assert!(report.units_sent <= report.units_live, "{report:?}");
+    assert!(report.stop_to_resume_ms().is_some_and(|ms| ms > 0.0));
+    assert_eq!(view.permille, 1000);
+    for kind in [SpaceKind::Disk, SpaceKind::Ram] {
+        assert!(
+            view.spaces
+                .iter()
+                .any(|s| s.kind == kind && s.bytes_sent > 0)
+        );
+    }
+    scene.works(&mut guest);
+    assert_eq!(scene.status(Host::A), Some(MachineStatus::Departed));
+    assert_eq!(scene.status(Host::B), Some(MachineStatus::Running));
+    let machine = scene.machine(Host::B, NAME).expect("shown").expect("known");
+    assert!(machine.pid.is_some());
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn back_and_forth_without_a_restart() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    scene.moves(Host::A, &[]);
+    scene.works(&mut guest);
+    let ended = scene.moves(Host::B, &[]);
+    let report = ended
+        .last
+        .and_then(|seen| seen.view.report)
+        .expect("a report");
+    assert_eq!(report.units_sent_again, 0);
+    scene.works(&mut guest);
+    assert_eq!(scene.status(Host::A), Some(MachineStatus::Running));
+    assert_eq!(scene.status(Host::B), Some(MachineStatus::Departed));
+    scene.verified_on(Host::A, &mut guest);
+}
