@@ -145,6 +145,7 @@ async fn live(
                     Some(Ok(Err(error))) => error,
                     _ => LaneError::Closed,
                 };
+                end.cancel();
                 let _ = until_first_ends(tasks, end).await;
                 return (error, None);
             }
@@ -267,7 +268,10 @@ async fn control_in(
                 let _ = pongs.try_send(payload);
             }
             Heard::Pong => {}
-            Heard::Units(units) => life.arrivals.take(units).await?,
+            Heard::Units(units) => {
+                tracing::trace!(space = units.space.0, runs = ?units.runs, "demanded units");
+                life.arrivals.take(units).await?;
+            }
             Heard::Message(Message::Empty {
                 space,
                 first,
@@ -275,6 +279,7 @@ async fn control_in(
                 packed,
             }) => {
                 let set = unpack_bitmap(units, &packed)?;
+                tracing::debug!(%space, first, empty = set.len(), "empty at the source");
                 life.arrivals.zeroes(space, first, set).await?;
             }
             // Here and not by the driver, who may itself wait for a QEMU that waits for this.

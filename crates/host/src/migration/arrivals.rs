@@ -1,5 +1,6 @@
 //! What arrives at the destination, and where it goes: disks into their files, RAM into QEMU.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -200,6 +201,10 @@ impl RamIn {
 #[derive(Default)]
 pub struct Arrivals {
     disks: Mutex<Vec<Arc<Filling>>>,
+    /// How many disks there will be: spaces of lower numbers are theirs.
+    disks_expected: AtomicUsize,
+    /// Disks may be filled now: from the hand-over on.
+    disk_gate: watch::Sender<bool>,
     ram: Mutex<Option<Arc<RamIn>>>,
     /// RAM may be placed now: always for a pre-copy, from the hand-over on for a post-copy.
     ram_gate: watch::Sender<bool>,
@@ -212,6 +217,12 @@ pub struct Arrivals {
 impl Arrivals {
     pub fn set_disks(&self, disks: Vec<Arc<Filling>>) {
         *self.disks.lock().expect("no holder of this lock panics") = disks;
+        self.disk_gate.send_replace(true);
+    }
+
+    /// There will be so many disks.
+    pub fn expect_disks(&self, count: usize) {
+        self.disks_expected.store(count, Ordering::Release);
     }
 
     pub fn disks(&self) -> Vec<Arc<Filling>> {
@@ -298,14 +309,18 @@ impl Arrivals {
 
     /// Who takes the content of a space, once it may be taken.
     async fn target(&self, space: SpaceId) -> Result<Target, ArrivalError> {
-        if let Some(disk) = self.disks().into_iter().find(|d| d.id() == space) {
-            return Ok(Target::Disk(disk));
+        if usize::from(space.0) < self.disks_expected.load(Ordering::Acquire) {
+            // The sender is this object, so the wait cannot fail while somebody waits on it.
+            let _ = self.disk_gate.subscribe().wait_for(|&open| open).await;
+            let disk = self.disks().into_iter().find(|d| d.id() == space);
+            return disk
+                .map(Target::Disk)
+                .ok_or(ArrivalError::TooEarly { space });
         }
         let ram = self.ram().ok_or(ArrivalError::TooEarly { space })?;
         let block = ram
             .block_of(space)
             .ok_or(ArrivalError::TooEarly { space })?;
-        // The sender is this object, so the wait cannot fail while somebody waits on it.
         let _ = self.ram_gate.subscribe().wait_for(|&open| open).await;
         Ok(Target::Ram(ram, block))
     }

@@ -202,6 +202,9 @@ impl Incoming {
                 let epoch = offer.epoch;
                 if self.offer.is_none() && !self.known {
                     self.switch = Destination::new(epoch);
+                    if let Ok(name) = offer.machine.parse() {
+                        self.setup.board.update(|view| view.machine = name);
+                    }
                     self.offer = Some(offer);
                 }
                 self.event(DestinationEvent::Heard(Say::Prepare { epoch }));
@@ -384,7 +387,8 @@ impl Incoming {
                 Mode::Arriving(Arc::new(peek)),
             ))
         });
-        let disks = disks.collect();
+        let disks: Vec<Arc<Disk>> = disks.collect();
+        self.setup.arrivals.expect_disks(disks.len());
         let spec = landing.plan().spec.clone();
         let folder = host.state.machine_folder(&spec.name);
         self.landing = Some(landing);
@@ -569,6 +573,7 @@ impl Incoming {
                     .map(|b| UnitSet::empty(b.units()))
                     .collect();
                 sink.run(&state, &none).await.map_err(|e| e.to_string())?;
+                tracing::debug!(bytes = state.len(), "device state is with QEMU");
                 self.setup.arrivals.open_ram();
                 sink.resumed().await.map_err(|e| e.to_string())
             }
@@ -610,6 +615,9 @@ impl Incoming {
         self.machine = Some(machine);
         self.watch_ram();
         self.watch_disks();
+        if let Some(landing) = &mut self.landing {
+            landing.volumes.clear();
+        }
     }
 
     fn watch_ram(&mut self) {
@@ -703,12 +711,16 @@ impl Incoming {
     async fn clean_up(&mut self) {
         self.requests = None;
         self.tasks.clear();
+        self.setup.arrivals.set_disks(Vec::new());
         if let Some(running) = self.running.take() {
             running.kill().await;
         }
         self.ram = None;
         if let Some(landing) = self.landing.take() {
-            landing.plan().undo(&self.setup.host).await;
+            let plan = landing.plan().clone();
+            // Journals must be closed to be removed.
+            drop(landing);
+            plan.undo(&self.setup.host).await;
         }
         let _ = tokio::fs::remove_file(
             self.setup
@@ -754,6 +766,8 @@ impl Incoming {
         for disk in standing.running.iter().flat_map(|r| &r.disks) {
             disk.set_mode(Mode::Open).await;
         }
+        // The journals close with the last who knows of them; only then can their folders go.
+        self.setup.arrivals.set_disks(Vec::new());
         if let Some(landing) = &self.landing
             && let Err(error) = landing.plan().complete(&self.setup.host).await
         {

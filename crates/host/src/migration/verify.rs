@@ -81,12 +81,9 @@ pub async fn verify(
                     digest: found.digest,
                 })
                 .await;
-            match tokio::time::timeout(ASK_AGAIN, answer).await {
-                Ok(Ok(same)) => {
-                    compared += found.included.len();
-                    break same;
-                }
-                Ok(Err(_)) | Err(_) => {}
+            if let Ok(Ok(same)) = tokio::time::timeout(ASK_AGAIN, answer).await {
+                compared += found.included.len();
+                break same;
             }
         };
         if !same {

@@ -5,22 +5,23 @@
 //! between QEMU's STOP and the grant on its way to the peer lie only the hand-over itself, bitmaps and
 //! one durable line in the journal.
 
+mod ends;
+mod precopy;
+mod stop;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
-use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind};
 use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, SourceEvent};
 use whimbrel_peer::pace::Pace;
-use whimbrel_qemu::info::ring_pages;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::source::{Handover, RamSource, SourceEvent as RamEvent, SourceOptions};
 use whimbrel_wire::message::{
-    DiskOffer, Fares, Grant, Layout, LayoutBlock, MAX_BITMAP_UNITS, Message, Prepare, RamMode,
-    pack, pack_bitmap,
+    DiskOffer, Fares, Grant, Layout, LayoutBlock, Message, Prepare, RamMode, pack,
 };
 
 use super::board::Board;
@@ -31,10 +32,10 @@ use super::record::MigrationJournal;
 use super::report;
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::MigrationState;
-use crate::disk::{Disk, Mode};
+use crate::disk::Disk;
 use crate::host::Host;
 use crate::machines::Machine;
-use crate::state::{MachineRuntime, MachineSpec, Ownership, Timestamp};
+use crate::state::{MachineRuntime, MachineSpec, Timestamp};
 
 /// Bytes of packed device state in one message.
 const STATE_PART: usize = 768 << 10;
@@ -43,19 +44,11 @@ const STATE_PART: usize = 768 << 10;
 /// there is no hurry; but nobody should find a forgotten migration in the morning.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(60);
 
-/// How long the stop may take in pre-copy, when the last pages must cross the link first.
-const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
-
-/// Grain in which arriving stale pages are noticed.
-const STALE_POLL: Duration = Duration::from_millis(4);
+/// How long a source stays, after all is over, for a destination that cannot be told.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(3600);
 
 /// How often figures are gathered.
 const SAMPLE: Duration = Duration::from_millis(200);
-
-/// Pre-copy of RAM is stopped when what is left would cross in this time...
-const PRECOPY_REST: Duration = Duration::from_millis(300);
-/// ...or when this many times the guest's memory was sent: it will not get better, and must end.
-const PRECOPY_MOST: u64 = 3;
 
 /// What an operator may tell a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +109,8 @@ pub struct Outgoing {
     resumed_at: Option<Duration>,
     ran: Option<Instant>,
     over: Option<Phase>,
+    over_since: Option<Instant>,
+    quiet_since: Option<Instant>,
     ram_sent_limit: u64,
 }
 
@@ -150,6 +145,8 @@ impl Outgoing {
             resumed_at: None,
             ran: None,
             over: None,
+            over_since: None,
+            quiet_since: None,
             ram_sent_limit: 0,
         }
     }
@@ -188,7 +185,7 @@ impl Outgoing {
                 self.perform(action).await;
             }
             self.setup.board.phase(self.switch.phase());
-            if self.over.is_some() && !self.switch.cancel_is_unanswered() {
+            if self.may_leave() {
                 break;
             }
             tokio::select! {
@@ -202,6 +199,25 @@ impl Outgoing {
             }
         }
         tracing::info!(migration = %self.board().view().id, "session over");
+    }
+
+    /// Whether the migration is over and the destination had time to hear so: its last question may have
+    /// been lost with a connection, so a link that was up throughout is what counts.
+    fn may_leave(&mut self) -> bool {
+        if self.over.is_none() || self.switch.cancel_is_unanswered() {
+            return false;
+        }
+        let now = Instant::now();
+        let over_since = *self.over_since.get_or_insert(now);
+        let quiet_since = if self.link_up {
+            *self.quiet_since.get_or_insert(now)
+        } else {
+            self.quiet_since = None;
+            now
+        };
+        quiet_since.elapsed() > super::LINGER
+            || over_since.elapsed() > LONGEST_FAREWELL
+            || self.over != Some(Phase::Complete)
     }
 
     fn command(&mut self, command: Command) {
@@ -581,7 +597,7 @@ impl Outgoing {
                     let store = ram.store().clone();
                     self.setup.flow.add(info, Content::Ram { store, block });
                 }
-                self.ram_sent_limit = PRECOPY_MOST * ram.layout().total_bytes();
+                self.ram_sent_limit = precopy::MOST * ram.layout().total_bytes();
                 self.ram = Some(ram);
                 self.ram_events = Some(events);
                 self.say_layout().await;
@@ -613,382 +629,6 @@ impl Outgoing {
     fn ram_space(&self, block: usize) -> SpaceId {
         SpaceId((self.setup.disks.len() + block) as u16)
     }
-
-    // ---- pre-copy of RAM ----
-
-    fn begin_precopy(&mut self) {
-        let Some(ram) = &self.ram else { return };
-        for block in 0..ram.layout().blocks.len() {
-            ram.store().take_dirtied(block);
-            let zeros = ram.store().zeros(block);
-            let space = self.ram_space(block);
-            self.setup.flow.push_zeroes(space, zeros.runs());
-            let held = ram.store().held(block);
-            self.setup.flow.change(|out| out.offer_set(space, &held));
-        }
-        self.setup.flow.open();
-    }
-
-    /// Offers what QEMU sent again since the last look, or for the first time.
-    fn refresh_precopy(&self) {
-        let Some(ram) = &self.ram else { return };
-        for block in 0..ram.layout().blocks.len() {
-            let dirtied = ram.store().take_dirtied(block);
-            let space = self.ram_space(block);
-            self.setup.flow.change(|out| out.offer_set(space, &dirtied));
-        }
-    }
-
-    fn ram_pending_bytes(&self) -> u64 {
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        (0..blocks)
-            .map(|b| self.setup.flow.tally(self.ram_space(b)).pending)
-            .sum::<u64>()
-            * whimbrel_engine::space::UNIT
-    }
-
-    fn precopy_may_stop(&self) -> bool {
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        let sent: u64 = (0..blocks)
-            .map(|b| self.setup.flow.sent(self.ram_space(b)).bytes())
-            .sum();
-        let rate = self.board().view().rate / 8;
-        let rest = self.ram_pending_bytes();
-        rest <= (rate as f64 * PRECOPY_REST.as_secs_f64()) as u64 || sent > self.ram_sent_limit
-    }
-
-    /// With the guest stopped: the last pages cross, and the destination says that it has them all.
-    async fn finish_precopy(&mut self, handover: &Handover) -> Result<(), String> {
-        let until = tokio::time::Instant::now() + PATIENCE_IN_STOP;
-        if let Some(ram) = &self.ram {
-            ram.drained().await.map_err(|e| e.to_string())?;
-        }
-        self.refresh_precopy();
-        if let Some(ram) = &self.ram {
-            for (block, stale) in handover.stale.iter().enumerate() {
-                let space = self.ram_space(block);
-                debug_assert!(ram.store().stale(block).is_empty());
-                self.setup.flow.change(|out| out.offer_set(space, stale));
-            }
-        }
-        while self.ram_pending_bytes() > 0 || !self.setup.flow.zeroes_are_pushed() {
-            self.step_of_stop(until).await?;
-        }
-        let frames = self.setup.flow.frames();
-        self.setup.link.mouth.say(Message::RamEnd { frames }).await;
-        while !self.ram_taken {
-            self.step_of_stop(until).await?;
-        }
-        Ok(())
-    }
-
-    /// Hears what the peer says while the guest is stopped, and gives up when that is wiser.
-    async fn step_of_stop(&mut self, until: tokio::time::Instant) -> Result<(), String> {
-        tokio::select! {
-            event = self.setup.link.events.recv() => match event {
-                Some(LinkEvent::Heard(message)) if *message == Message::RamTaken => {
-                    self.ram_taken = true;
-                }
-                Some(LinkEvent::Heard(_)) | Some(LinkEvent::Up) => {}
-                Some(LinkEvent::Down(error)) | Some(LinkEvent::Dead(error)) => {
-                    self.link_up = false;
-                    self.down_since = Some(Instant::now());
-                    return Err(format!("the link broke during the stop: {error}"));
-                }
-                None => return Err("the session ended during the stop".to_string()),
-            },
-            () = tokio::time::sleep(Duration::from_millis(5)) => {}
-        }
-        if tokio::time::Instant::now() > until {
-            return Err(format!(
-                "the last pages did not cross within {} s",
-                PATIENCE_IN_STOP.as_secs()
-            ));
-        }
-        Ok(())
-    }
-
-    // ---- the stop ----
-
-    async fn stop_guest(&mut self) {
-        // The flush that QEMU makes at the stop is short if little is left to flush.
-        for disk in &self.setup.disks {
-            if let Err(error) = disk.file().sync().await {
-                return self.fail(
-                    ErrorCode::Io,
-                    format!("the disk cannot be made durable: {error}"),
-                );
-            }
-        }
-        // Asked while the guest runs: rings are where they are, whatever is in them.
-        let rings = match &self.ram {
-            Some(ram) => ring_pages(&self.setup.qmp, ram.layout()).await,
-            None => return self.fail(ErrorCode::Internal, "the stop came before the copy"),
-        };
-        let rings = rings.unwrap_or_else(|error| {
-            tracing::warn!(%error, "rings are unknown; the destination will demand them one by one");
-            Vec::new()
-        });
-        let Some(ram) = &self.ram else { return };
-        let handover = match ram.stop().await {
-            Ok(handover) => handover,
-            Err(error) => {
-                return self.fail(
-                    ErrorCode::Qemu,
-                    format!("the guest could not be stopped: {error}"),
-                );
-            }
-        };
-        self.stopped = Some(Instant::now());
-        self.stopped_at = Some(handover.stopped_at_qemu);
-        let _ = self.setup.ram_changes.send(false);
-        for disk in &self.setup.disks {
-            disk.set_mode(Mode::Frozen).await;
-        }
-        if self.ram_mode == RamMode::Precopy {
-            if let Err(what) = self.finish_precopy(&handover).await {
-                self.handover = Some(handover);
-                return self.fail(ErrorCode::PeerUnreachable, what);
-            }
-        } else {
-            self.offer_ram(&handover, &rings);
-        }
-        self.handover = Some(handover);
-        self.event(SourceEvent::Stopped);
-    }
-
-    /// All of RAM is offered: at once what is current, later what QEMU still delivers. Rings first.
-    fn offer_ram(&self, handover: &Handover, rings: &[UnitSet]) {
-        let Some(ram) = &self.ram else { return };
-        for (block, stale) in handover.stale.iter().enumerate() {
-            let space = self.ram_space(block);
-            let mut live = ram.store().held(block);
-            live.union_with(stale);
-            self.setup.flow.change(|out| {
-                out.offer_set(space, &live);
-                out.set_withheld(space, stale);
-                for run in rings.get(block).into_iter().flat_map(UnitSet::runs) {
-                    out.demand(space, run);
-                }
-                // What the guest wrote last it will want first.
-                for run in stale.runs() {
-                    out.prefer(space, run);
-                }
-            });
-        }
-    }
-
-    /// With the grant on its way there is time for the rest: pages that QEMU still delivers, and what of
-    /// the disks has content at all.
-    async fn after_grant(&mut self) {
-        if !self.tasks.is_empty() {
-            return;
-        }
-        if let Some(ram) = &self.ram {
-            let (store, flow) = (ram.store().clone(), self.setup.flow.clone());
-            let blocks = ram.layout().blocks.len();
-            let first = self.setup.disks.len();
-            let task = tokio::spawn(async move {
-                loop {
-                    let left = follow_stale(&store, &flow, first, blocks);
-                    if left == 0 {
-                        return;
-                    }
-                    tokio::time::sleep(STALE_POLL).await;
-                }
-            });
-            self.tasks.push(AbortOnDropHandle::new(task));
-        }
-        for n in 0..self.setup.disks.len() {
-            if let Err(error) = self.look_through(n).await {
-                // Everything is offered then: holes are sent as zeroes, which is slow and right.
-                self.setup.board.tell(format!(
-                    "disk {}: holes cannot be found ({error}); all of it is sent",
-                    self.setup.disks[n].name()
-                ));
-                let units = self.setup.flow.units_of(SpaceId(n as u16)).unwrap_or(0);
-                self.setup
-                    .flow
-                    .change(|out| out.ready(SpaceId(n as u16), Extent::new(0, units)));
-            }
-            self.say_empty(SpaceId(n as u16)).await;
-        }
-        if self.ram_mode == RamMode::Precopy {
-            // Its zeroes went the way of its content.
-            return;
-        }
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        for block in 0..blocks {
-            self.say_empty(self.ram_space(block)).await;
-        }
-    }
-
-    /// Finds the disk's holes: only what has content is sent.
-    async fn look_through(&self, n: usize) -> Result<(), whimbrel_volume::VolumeError> {
-        let (disk, space) = (&self.setup.disks[n], SpaceId(n as u16));
-        let units = disk.size().div_ceil(whimbrel_engine::space::UNIT);
-        let mut data = UnitSet::empty(units);
-        let mut at = 0;
-        while at < disk.size() {
-            let runs = disk.file().data_extents(at, disk.size() - at).await?;
-            for run in &runs {
-                if run.data {
-                    data.insert(Extent::touching(run.offset, run.len));
-                }
-                at = run.offset + run.len;
-            }
-            if runs.is_empty() {
-                break;
-            }
-        }
-        self.setup.flow.change(|out| {
-            let holes: Vec<Extent> = data.gaps_within(Extent::new(0, units)).collect();
-            for hole in holes {
-                out.emptied(space, hole);
-            }
-            out.ready(space, Extent::new(0, units));
-        });
-        Ok(())
-    }
-
-    /// Tells the destination what of a space is empty.
-    async fn say_empty(&mut self, space: SpaceId) {
-        self.empties_said.push(space);
-        let Some(units) = self.setup.flow.units_of(space) else {
-            return;
-        };
-        let runs = self.setup.flow.change(|out| out.empty_runs(space));
-        let mut set = UnitSet::empty(units);
-        for run in runs {
-            set.insert(run);
-        }
-        let mut first = 0;
-        while first < units {
-            let len = MAX_BITMAP_UNITS.min(units - first);
-            let mut part = UnitSet::empty(len);
-            for run in set.runs_within(Extent::new(first, len)) {
-                part.insert(Extent::new(run.start - first, run.len));
-            }
-            if !part.is_empty() {
-                let message = Message::Empty {
-                    space,
-                    first,
-                    units: len,
-                    packed: pack_bitmap(&part),
-                };
-                self.setup.link.mouth.say(message).await;
-            }
-            first += len;
-        }
-    }
-
-    // ---- the ends ----
-
-    /// The guest stays, or comes back: everything that was done to it is undone.
-    async fn keep_guest(&mut self, epoch: Epoch) {
-        self.tasks.clear();
-        let stopped = self.handover.is_some();
-        for disk in &self.setup.disks {
-            disk.set_mode(Mode::Open).await;
-        }
-        if let Some(ram) = self.ram.take() {
-            let result = if stopped {
-                match ram.drained().await {
-                    Ok(()) => ram.resume_at_source().await,
-                    Err(error) => Err(error),
-                }
-            } else {
-                ram.cancel().await
-            };
-            if let Err(error) = result {
-                self.setup.board.fail(
-                    MigrationState::NeedsOperator,
-                    ApiError::new(
-                        ErrorCode::Qemu,
-                        format!("the guest was not resumed: {error}"),
-                    )
-                    .machine_state("owned by this host; its QEMU may be paused")
-                    .next_step("look at `machine show`; `cont` on its monitor resumes it"),
-                );
-            }
-        }
-        let mut runtime = self.setup.runtime.clone();
-        runtime.epoch = epoch;
-        runtime.ownership = Ownership::Local;
-        self.setup.machine.keep(&self.setup.host, runtime).await;
-    }
-
-    async fn finish(&mut self, phase: Phase) {
-        self.over = Some(phase);
-        self.figures();
-        if phase == Phase::Complete {
-            let report = report::outgoing(
-                &self.setup.flow,
-                &self.fares,
-                report::Times {
-                    total: self.setup.board.clock().elapsed(),
-                    blackout: self.blackout,
-                    drain: self.ran.map(|ran| ran.elapsed()),
-                    outage: self.outage,
-                    stopped_at: self.stopped_at,
-                    resumed_at: self.resumed_at,
-                },
-                self.setup.board.view().link.reconnects,
-            );
-            self.setup.board.update(|view| view.report = Some(report));
-            self.tasks.clear();
-            self.ram = None;
-            let view = self.setup.board.view();
-            self.setup
-                .machine
-                .departed(&self.setup.host, view.id, view.peer)
-                .await;
-            self.setup.board.end(phase, MigrationState::Completed);
-            return;
-        }
-        let state = if self.cancelled {
-            MigrationState::Cancelled
-        } else {
-            MigrationState::Failed
-        };
-        let mut error = self.failure.take();
-        if let (None, Some(why), false) = (&error, self.refusal.take(), self.cancelled) {
-            error = Some(ApiError::new(
-                ErrorCode::MigrationFailed,
-                format!("the destination refused the machine: {why}"),
-            ));
-        }
-        let needs_operator = self.board().view().state == MigrationState::NeedsOperator;
-        if let Some(error) = error {
-            let mut error = error.machine_state("the machine runs here as before");
-            error
-                .next_step
-                .get_or_insert_with(|| "put right what the message names and migrate again".into());
-            self.setup.board.fail(state, error);
-        }
-        let state = if needs_operator {
-            MigrationState::NeedsOperator
-        } else {
-            state
-        };
-        self.setup.board.end(phase, state);
-    }
-}
-
-/// Frees demands and pushes of pages that have come meanwhile; the number still to come.
-fn follow_stale(
-    store: &whimbrel_qemu::store::RamStore,
-    flow: &Flow,
-    first: usize,
-    blocks: usize,
-) -> u64 {
-    let mut left = 0;
-    for block in 0..blocks {
-        let stale = store.stale(block);
-        left += stale.len();
-        flow.change(|out| out.set_withheld(SpaceId((first + block) as u16), &stale));
-    }
-    left
 }
 
 async fn next_ram_event(events: &mut Option<mpsc::Receiver<RamEvent>>) -> RamEvent {

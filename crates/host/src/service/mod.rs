@@ -1,5 +1,8 @@
 //! The API's operations, done.
 
+mod errors;
+mod views;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,16 +18,19 @@ use crate::api::types::*;
 use crate::api::{ApiError, ErrorCode, Service};
 use crate::daemon::{Daemon, Held, rate_of};
 use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, probe, start};
-use crate::machines::{Machine, OpenDiskError, Standing, open_disks, save};
+use crate::machines::{Machine, Standing, open_disks, save};
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
 use crate::migration::record::MigrationJournal;
 use crate::peers::Dialler;
+use errors::*;
+pub use views::first_view;
+
 use crate::state::{
-    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, Timestamp,
-    VolumeRecord, trust,
+    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, VolumeRecord,
+    trust,
 };
 
 /// How long a guest gets to shut down.
@@ -32,101 +38,6 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(90);
 
 /// Bytes an import copies at a time.
 const IMPORT_PIECE: u64 = 1 << 20;
-
-/// What is told of a migration that has just begun.
-pub fn first_view(
-    id: MigrationId,
-    machine: Name,
-    peer: PeerName,
-    direction: Direction,
-) -> MigrationView {
-    MigrationView {
-        id,
-        machine,
-        peer,
-        direction,
-        strategy: Strategy::Postcopy,
-        phase: Phase::Prepare,
-        state: MigrationState::Running,
-        started: Timestamp::now(),
-        ended: None,
-        permille: 0,
-        spaces: Vec::new(),
-        sent: SentBytes::default(),
-        bandwidth: RateLimit(None),
-        rate: 0,
-        eta: None,
-        demands: DemandStats::default(),
-        blackout_ms: None,
-        link: LinkView {
-            connected: true,
-            since: Timestamp::now(),
-            rtt_ms: None,
-            reconnects: 0,
-            waiting_for: None,
-        },
-        messages: Vec::new(),
-        error: None,
-        report: None,
-    }
-}
-
-impl From<OpenDiskError> for ApiError {
-    fn from(error: OpenDiskError) -> ApiError {
-        let what = error.to_string();
-        match error {
-            OpenDiskError::State(error) => error.into(),
-            OpenDiskError::Volume(_) | OpenDiskError::Size { .. } => {
-                ApiError::new(ErrorCode::Io, what)
-                    .next_step("look at the volume's data file with `volume show`")
-            }
-            OpenDiskError::NotLocal { .. } | OpenDiskError::OtherMachine { .. } => {
-                ApiError::new(ErrorCode::WrongState, what)
-                    .next_step("see `volume ls` for what is where")
-            }
-        }
-    }
-}
-
-impl From<MachineError> for ApiError {
-    fn from(error: MachineError) -> ApiError {
-        use whimbrel_qemu::Error as Qemu;
-        let what = error.to_string();
-        let (code, next) = match &error {
-            MachineError::Qemu(Qemu::NoBinary { .. }) => (
-                ErrorCode::Unsupported,
-                "install QEMU (Debian: qemu-system-x86) or name it under `qemu` in the configuration",
-            ),
-            MachineError::Qemu(Qemu::TooOld { .. }) => {
-                (ErrorCode::Unsupported, "install QEMU 7.2 or newer")
-            }
-            MachineError::Qemu(Qemu::UnknownMachine { .. }) => (
-                ErrorCode::Unsupported,
-                "use a machine type this QEMU has (`qemu-system-x86_64 -machine help`)",
-            ),
-            MachineError::Qemu(_) => (ErrorCode::Qemu, "see qemu.log in the machine's folder"),
-            MachineError::NoNetwork { .. } => (
-                ErrorCode::Invalid,
-                "add the network under [networks] in the configuration",
-            ),
-            MachineError::Tap(_) => (ErrorCode::Io, "see that the bridge exists and try again"),
-            MachineError::Socket { .. }
-            | MachineError::SocketPath { .. }
-            | MachineError::File { .. } => (ErrorCode::Io, "put right what the message names"),
-            MachineError::Mismatch { .. } | MachineError::DiskElsewhere { .. } => (
-                ErrorCode::WrongState,
-                "correct the description or the running QEMU, then adopt again",
-            ),
-            MachineError::Gone { .. } => (ErrorCode::WrongState, "start the machine"),
-        };
-        ApiError::new(code, what).next_step(next)
-    }
-}
-
-fn no_machine(name: &Name) -> ApiError {
-    ApiError::new(ErrorCode::NotFound, format!("there is no machine `{name}`"))
-        .next_step("list the machines with `whimbrel machine ls`")
-}
 
 impl Daemon {
     fn machine_named(&self, name: &Name) -> Result<Arc<Machine>, ApiError> {
@@ -149,93 +60,6 @@ impl Daemon {
         })
     }
 
-    async fn machine_view(&self, machine: &Machine) -> MachineView {
-        let standing = machine.lock().await;
-        let status = status_of(&standing).await;
-        let process = standing.running.as_ref().map(|r| &r.process);
-        MachineView {
-            name: standing.spec.name.clone(),
-            status,
-            ownership: standing.runtime.ownership.clone(),
-            epoch: standing.runtime.epoch,
-            pid: process.map(|p| p.pid),
-            qmp: process.map(|p| p.qmp.clone()),
-            memory: standing.spec.memory.bytes(),
-            vcpus: standing.spec.vcpus,
-            machine_type: process.map_or_else(
-                || standing.spec.machine_type.clone(),
-                |p| p.machine_type.clone(),
-            ),
-            accel: standing.spec.accel,
-            disks: standing
-                .spec
-                .disks
-                .iter()
-                .map(|disk| DiskView {
-                    volume: disk.volume.clone(),
-                    size: self.host.state.volume(&disk.volume).ok().map(|v| v.size),
-                })
-                .collect(),
-            nics: standing
-                .spec
-                .nics
-                .iter()
-                .enumerate()
-                .map(|(n, nic)| NicView {
-                    network: nic.network.clone(),
-                    mac: nic.mac,
-                    interface: standing
-                        .running
-                        .as_ref()
-                        .and_then(|r| r.interface(n))
-                        .map(str::to_string),
-                })
-                .collect(),
-            migration: standing.migration.clone(),
-        }
-    }
-
-    async fn volume_view(&self, record: VolumeRecord) -> VolumeView {
-        let folder = self.host.state.volume_folder(&record.name);
-        let data = record.data_path(&folder);
-        let allocated = std::fs::metadata(&data)
-            .map(|m| std::os::unix::fs::MetadataExt::blocks(&m) * 512)
-            .unwrap_or(0);
-        let mut export = None;
-        let mut resident_permille = 1000;
-        if let Some(machine) = record.machine.as_ref().and_then(|m| self.machines.get(m)) {
-            let standing = machine.lock().await;
-            if let Some(running) = &standing.running {
-                export = Some(format!(
-                    "nbd+unix:///{}?socket={}",
-                    record.name,
-                    running.disk_socket().display()
-                ));
-                for disk in &running.disks {
-                    if disk.name() == record.name.as_str()
-                        && let Some(filling) = disk.filling().await
-                    {
-                        let units = filling.units().max(1);
-                        resident_permille = (filling.resident() * 1000 / units) as u16;
-                    }
-                }
-            }
-        }
-        VolumeView {
-            name: record.name,
-            uuid: record.uuid,
-            size: record.size,
-            allocated,
-            resident_permille,
-            epoch: record.epoch,
-            state: record.state,
-            machine: record.machine,
-            export,
-            data,
-            created: record.created,
-        }
-    }
-
     /// Writes the machine's name on its volumes.
     fn claim_volumes(&self, spec: &MachineSpec) -> Result<(), ApiError> {
         for disk in &spec.disks {
@@ -246,26 +70,6 @@ impl Daemon {
             }
         }
         Ok(())
-    }
-}
-
-async fn status_of(standing: &Standing) -> MachineStatus {
-    match (&standing.runtime.ownership, &standing.running) {
-        (Ownership::Departed { .. }, _) => MachineStatus::Departed,
-        (_, Some(running)) if running.has_ended() => MachineStatus::Crashed,
-        (_, Some(running)) => {
-            let status = running
-                .qmp
-                .execute("query-status", serde_json::json!({}))
-                .await;
-            match status.ok().and_then(|s| s["running"].as_bool()) {
-                Some(true) => MachineStatus::Running,
-                _ => MachineStatus::Paused,
-            }
-        }
-        (Ownership::Arriving { .. }, None) => MachineStatus::Arriving,
-        (Ownership::Local, None) if standing.runtime.process.is_some() => MachineStatus::Crashed,
-        (Ownership::Local, None) => MachineStatus::Defined,
     }
 }
 
@@ -786,33 +590,4 @@ impl Daemon {
         let adoption = Adoption { spec, qmp };
         Ok(adopt(adoption, disks, server).await?)
     }
-}
-
-fn volume_error(error: whimbrel_volume::VolumeError) -> ApiError {
-    let code = if error.is_no_space() {
-        ErrorCode::StorageFull
-    } else {
-        ErrorCode::Io
-    };
-    ApiError::new(code, error.to_string())
-        .machine_state("no volume was made")
-        .next_step("put right what the message names and try again")
-}
-
-fn no_migration(id: &MigrationId) -> ApiError {
-    ApiError::new(ErrorCode::NotFound, format!("there is no migration `{id}`"))
-        .next_step("list migrations with `whimbrel status`")
-}
-
-fn busy_migrating(name: &Name) -> ApiError {
-    ApiError::new(ErrorCode::Busy, format!("machine `{name}` is migrating"))
-        .next_step("watch it with `whimbrel watch`, or give it up with `whimbrel cancel`")
-}
-
-fn only_at_source() -> ApiError {
-    ApiError::new(
-        ErrorCode::WrongState,
-        "a migration is steered at its source",
-    )
-    .next_step("say it on the host the machine comes from")
 }

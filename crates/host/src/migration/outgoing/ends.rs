@@ -1,0 +1,102 @@
+//! How a migration ends at its source.
+
+use whimbrel_engine::switchover::{Epoch, Phase};
+
+use super::Outgoing;
+use crate::api::error::{ApiError, ErrorCode};
+use crate::api::types::MigrationState;
+use crate::disk::Mode;
+use crate::migration::report;
+use crate::state::Ownership;
+
+impl Outgoing {
+    /// The guest stays, or comes back: everything that was done to it is undone.
+    pub(super) async fn keep_guest(&mut self, epoch: Epoch) {
+        self.tasks.clear();
+        let stopped = self.handover.is_some();
+        for disk in &self.setup.disks {
+            disk.set_mode(Mode::Open).await;
+        }
+        if let Some(ram) = self.ram.take() {
+            let result = if stopped {
+                match ram.drained().await {
+                    Ok(()) => ram.resume_at_source().await,
+                    Err(error) => Err(error),
+                }
+            } else {
+                ram.cancel().await
+            };
+            if let Err(error) = result {
+                self.setup.board.fail(
+                    MigrationState::NeedsOperator,
+                    ApiError::new(
+                        ErrorCode::Qemu,
+                        format!("the guest was not resumed: {error}"),
+                    )
+                    .machine_state("owned by this host; its QEMU may be paused")
+                    .next_step("look at `machine show`; `cont` on its monitor resumes it"),
+                );
+            }
+        }
+        let mut runtime = self.setup.runtime.clone();
+        runtime.epoch = epoch;
+        runtime.ownership = Ownership::Local;
+        self.setup.machine.keep(&self.setup.host, runtime).await;
+    }
+
+    pub(super) async fn finish(&mut self, phase: Phase) {
+        self.over = Some(phase);
+        self.figures();
+        if phase == Phase::Complete {
+            let report = report::outgoing(
+                &self.setup.flow,
+                &self.fares,
+                report::Times {
+                    total: self.setup.board.clock().elapsed(),
+                    blackout: self.blackout,
+                    drain: self.ran.map(|ran| ran.elapsed()),
+                    outage: self.outage,
+                    stopped_at: self.stopped_at,
+                    resumed_at: self.resumed_at,
+                },
+                self.setup.board.view().link.reconnects,
+            );
+            self.setup.board.update(|view| view.report = Some(report));
+            self.tasks.clear();
+            self.ram = None;
+            let view = self.setup.board.view();
+            self.setup
+                .machine
+                .departed(&self.setup.host, view.id, view.peer)
+                .await;
+            self.setup.board.end(phase, MigrationState::Completed);
+            return;
+        }
+        let state = if self.cancelled {
+            MigrationState::Cancelled
+        } else {
+            MigrationState::Failed
+        };
+        let mut error = self.failure.take();
+        if let (None, Some(why), false) = (&error, self.refusal.take(), self.cancelled) {
+            error = Some(ApiError::new(
+                ErrorCode::MigrationFailed,
+                format!("the destination refused the machine: {why}"),
+            ));
+        }
+        let needs_operator = self.board().view().state == MigrationState::NeedsOperator;
+        if let Some(error) = error {
+            let mut error = error.machine_state("the machine runs here as before");
+            error
+                .next_step
+                .get_or_insert_with(|| "put right what the message names and migrate again".into());
+            self.setup.board.fail(state, error);
+        }
+        let state = if needs_operator {
+            MigrationState::NeedsOperator
+        } else {
+            state
+        };
+        self.setup.board.end(phase, state);
+    }
+}

@@ -1,0 +1,212 @@
+//! The stop, and what the grant leaves time for.
+//!
+//! Between QEMU's STOP and the grant lie only the hand-over itself, the disks' mode and bitmaps. Whatever
+//! can be done before (making disks durable, finding rings) or after (finding holes) is.
+
+use std::time::{Duration, Instant};
+
+use tokio_util::task::AbortOnDropHandle;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId, UNIT};
+use whimbrel_engine::switchover::SourceEvent;
+use whimbrel_qemu::info::ring_pages;
+use whimbrel_qemu::source::Handover;
+use whimbrel_wire::message::{MAX_BITMAP_UNITS, Message, RamMode, pack_bitmap};
+
+use super::Outgoing;
+use crate::api::error::ErrorCode;
+use crate::disk::Mode;
+use crate::migration::flow::Flow;
+
+/// Grain in which arriving stale pages are noticed.
+const STALE_POLL: Duration = Duration::from_millis(4);
+
+impl Outgoing {
+    pub(super) async fn stop_guest(&mut self) {
+        // The flush that QEMU makes at the stop is short if little is left to flush.
+        for disk in &self.setup.disks {
+            if let Err(error) = disk.file().sync().await {
+                return self.fail(
+                    ErrorCode::Io,
+                    format!("the disk cannot be made durable: {error}"),
+                );
+            }
+        }
+        // Asked while the guest runs: rings are where they are, whatever is in them.
+        let rings = match &self.ram {
+            Some(ram) => ring_pages(&self.setup.qmp, ram.layout()).await,
+            None => return self.fail(ErrorCode::Internal, "the stop came before the copy"),
+        };
+        let rings = rings.unwrap_or_else(|error| {
+            tracing::warn!(%error, "rings are unknown; the destination will demand them one by one");
+            Vec::new()
+        });
+        let Some(ram) = &self.ram else { return };
+        let handover = match ram.stop().await {
+            Ok(handover) => handover,
+            Err(error) => {
+                return self.fail(
+                    ErrorCode::Qemu,
+                    format!("the guest could not be stopped: {error}"),
+                );
+            }
+        };
+        self.stopped = Some(Instant::now());
+        self.stopped_at = Some(handover.stopped_at_qemu);
+        let _ = self.setup.ram_changes.send(false);
+        for disk in &self.setup.disks {
+            disk.set_mode(Mode::Frozen).await;
+        }
+        if self.ram_mode == RamMode::Precopy {
+            if let Err(what) = self.finish_precopy(&handover).await {
+                self.handover = Some(handover);
+                return self.fail(ErrorCode::PeerUnreachable, what);
+            }
+        } else {
+            self.offer_ram(&handover, &rings);
+        }
+        self.handover = Some(handover);
+        self.event(SourceEvent::Stopped);
+    }
+
+    /// All of RAM is offered: at once what is current, later what QEMU still delivers. Rings first.
+    fn offer_ram(&self, handover: &Handover, rings: &[UnitSet]) {
+        let Some(ram) = &self.ram else { return };
+        for (block, stale) in handover.stale.iter().enumerate() {
+            let space = self.ram_space(block);
+            let mut live = ram.store().held(block);
+            live.union_with(stale);
+            self.setup.flow.change(|out| {
+                out.offer_set(space, &live);
+                out.set_withheld(space, stale);
+                for run in rings.get(block).into_iter().flat_map(UnitSet::runs) {
+                    out.demand(space, run);
+                }
+                // What the guest wrote last it will want first.
+                for run in stale.runs() {
+                    out.prefer(space, run);
+                }
+            });
+        }
+    }
+
+    /// With the grant on its way there is time for the rest: pages that QEMU still delivers, and what of
+    /// the disks has content at all.
+    pub(super) async fn after_grant(&mut self) {
+        if !self.tasks.is_empty() {
+            return;
+        }
+        if let Some(ram) = &self.ram {
+            let (store, flow) = (ram.store().clone(), self.setup.flow.clone());
+            let blocks = ram.layout().blocks.len();
+            let first = self.setup.disks.len();
+            let task = tokio::spawn(async move {
+                loop {
+                    let left = follow_stale(&store, &flow, first, blocks);
+                    if left == 0 {
+                        return;
+                    }
+                    tokio::time::sleep(STALE_POLL).await;
+                }
+            });
+            self.tasks.push(AbortOnDropHandle::new(task));
+        }
+        for n in 0..self.setup.disks.len() {
+            if let Err(error) = self.look_through(n).await {
+                // Everything is offered then: holes are sent as zeroes, which is slow and right.
+                self.setup.board.tell(format!(
+                    "disk {}: holes cannot be found ({error}); all of it is sent",
+                    self.setup.disks[n].name()
+                ));
+                let units = self.setup.flow.units_of(SpaceId(n as u16)).unwrap_or(0);
+                self.setup
+                    .flow
+                    .change(|out| out.ready(SpaceId(n as u16), Extent::new(0, units)));
+            }
+            self.say_empty(SpaceId(n as u16)).await;
+        }
+        if self.ram_mode == RamMode::Precopy {
+            // Its zeroes went the way of its content.
+            return;
+        }
+        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
+        for block in 0..blocks {
+            self.say_empty(self.ram_space(block)).await;
+        }
+    }
+
+    /// Finds the disk's holes: only what has content is sent.
+    async fn look_through(&self, n: usize) -> Result<(), whimbrel_volume::VolumeError> {
+        let (disk, space) = (&self.setup.disks[n], SpaceId(n as u16));
+        let units = disk.size().div_ceil(UNIT);
+        let mut data = UnitSet::empty(units);
+        let mut at = 0;
+        while at < disk.size() {
+            let runs = disk.file().data_extents(at, disk.size() - at).await?;
+            for run in &runs {
+                if run.data {
+                    data.insert(Extent::touching(run.offset, run.len));
+                }
+                at = run.offset + run.len;
+            }
+            if runs.is_empty() {
+                break;
+            }
+        }
+        self.setup.flow.change(|out| {
+            let holes: Vec<Extent> = data.gaps_within(Extent::new(0, units)).collect();
+            for hole in holes {
+                out.emptied(space, hole);
+            }
+            out.ready(space, Extent::new(0, units));
+        });
+        Ok(())
+    }
+
+    /// Tells the destination what of a space is empty.
+    pub(super) async fn say_empty(&mut self, space: SpaceId) {
+        self.empties_said.push(space);
+        let Some(units) = self.setup.flow.units_of(space) else {
+            return;
+        };
+        let runs = self.setup.flow.change(|out| out.empty_runs(space));
+        let mut set = UnitSet::empty(units);
+        for run in runs {
+            set.insert(run);
+        }
+        let mut first = 0;
+        while first < units {
+            let len = MAX_BITMAP_UNITS.min(units - first);
+            let mut part = UnitSet::empty(len);
+            for run in set.runs_within(Extent::new(first, len)) {
+                part.insert(Extent::new(run.start - first, run.len));
+            }
+            if !part.is_empty() {
+                let message = Message::Empty {
+                    space,
+                    first,
+                    units: len,
+                    packed: pack_bitmap(&part),
+                };
+                self.setup.link.mouth.say(message).await;
+            }
+            first += len;
+        }
+    }
+}
+
+/// Frees demands and pushes of pages that have come meanwhile; the number still to come.
+fn follow_stale(
+    store: &whimbrel_qemu::store::RamStore,
+    flow: &Flow,
+    first: usize,
+    blocks: usize,
+) -> u64 {
+    let mut left = 0;
+    for block in 0..blocks {
+        let stale = store.stale(block);
+        left += stale.len();
+        flow.change(|out| out.set_withheld(SpaceId((first + block) as u16), &stale));
+    }
+    left
+}
