@@ -53,16 +53,23 @@ fn run(command: &mut Command) {
     assert!(status.success(), "{command:?}: {status}");
 }
 
-/// The initramfs, built once per test run.
+/// The initramfs, built once per test run, beside cargo's other products.
 fn initramfs() -> &'static Path {
-    static BUILT: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let dir = BUILT.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        build_initramfs(dir.path());
-        dir
-    });
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| dir.path().join("initramfs"))
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("qemu-guest");
+        let scratch = tempfile::tempdir().expect("temporary directory");
+        build_initramfs(scratch.path());
+        std::fs::create_dir_all(&dir).expect("directory");
+        // Moved into place whole: another run may be reading the one that is there.
+        let (mine, shared) = (
+            dir.join(std::process::id().to_string()),
+            dir.join("initramfs"),
+        );
+        std::fs::copy(scratch.path().join("initramfs"), &mine).expect("copied");
+        std::fs::rename(mine, &shared).expect("moved");
+        shared
+    })
 }
 
 fn build_initramfs(dir: &Path) {
