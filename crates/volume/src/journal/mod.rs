@@ -33,8 +33,9 @@
 //! and its number is its place's. Snapshots and new logs get their names after they were synced.
 //!
 //! # Traps
-//! - A log is never appended to after a restart, and barriers speak for their own boot only. Otherwise a
-//!   record that recovery did not believe could lie beyond the end, to be covered by a later barrier.
+//! - A log is never appended to after a restart or a failed write, and barriers speak for their own boot
+//!   only. Otherwise a record that recovery did not believe could lie beyond the end, to be covered by a
+//!   later barrier.
 //! - A failed sync is final: the kernel forgets the pages it could not write, and the next sync succeeds.
 //!   The journal then refuses all barriers and changes ([`VolumeError::JournalPoisoned`]).
 //! - The boot id stands for the page cache. A disk that is detached and attached again under the same
