@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use whimbrel_engine::switchover::{Action, Destination, Phase, Source};
+use whimbrel_engine::switchover::{Action, Destination, Epoch, Phase, Record, Source};
 use whimbrel_peer::connection::Connection;
 use whimbrel_peer::error::PeerError;
 use whimbrel_peer::hello::{Class, SessionId};
@@ -16,7 +16,7 @@ use whimbrel_peer::pace::{Pace, Rate};
 use whimbrel_peer::trust::{PeerName, TrustStore};
 use whimbrel_volume::pool::{Pool, PoolSize};
 
-use crate::api::types::{Direction, MigrationState};
+use crate::api::types::Direction;
 use crate::api::{self, ApiError, ErrorCode};
 use crate::config::Config;
 use crate::disk::Wants;
@@ -232,16 +232,16 @@ impl Daemon {
         // The doorstep is empty and has room for one.
         let _ = door.try_send((Class::Control, connection));
         self.sessions().insert(session, Session { peer, door });
-        self.hold(
-            id.clone(),
-            Held {
+        let known = !journal.records().is_empty();
+        if !known {
+            let held = Held {
                 machine: unknown,
                 board: board.clone(),
                 commands: None,
                 pace: None,
-            },
-        );
-        let known = !journal.records().is_empty();
+            };
+            self.hold(id.clone(), held);
+        }
         let mut incoming = Incoming::new(incoming::Setup {
             host: self.host.clone(),
             machines: self.machines.clone(),
@@ -290,7 +290,8 @@ impl Daemon {
                     }
                 };
             }
-            self.machines.insert(Machine::new(spec, runtime, running));
+            let machine = self.machines.insert(Machine::new(spec, runtime, running));
+            machine.watch_end(&self.host).await;
         }
     }
 
@@ -337,8 +338,7 @@ impl Daemon {
         let plan = Plan::load(folder).map_err(|e| damaged(e.to_string()))?;
         let is_incoming = matches!(
             records[0],
-            whimbrel_engine::switchover::Record::Preparing { .. }
-                | whimbrel_engine::switchover::Record::Refused { .. }
+            Record::Preparing { .. } | Record::Refused { .. }
         );
         if is_incoming {
             let (destination, actions) = Destination::recover(&records);
@@ -377,10 +377,41 @@ impl Daemon {
                 _ => {}
             }
         }
+        if !source.may_run() {
+            self.mark_granted(id, folder);
+        }
         if !source.may_run() && !source.phase().is_final() {
             tracing::warn!(migration = %id, phase = %source.phase(), "a migration away from here was granted and is not over");
         }
         Ok(())
+    }
+
+    /// A machine that was promised away is not this host's to run, whatever its record still says.
+    fn mark_granted(&self, id: &MigrationId, folder: &Path) {
+        let named = StateDir::read_text(&folder.join("machine"));
+        let Some(name) = named
+            .ok()
+            .flatten()
+            .and_then(|t| t.trim().parse::<Name>().ok())
+        else {
+            return;
+        };
+        let peer = StateDir::read_text(&folder.join("peer"));
+        let Some(to) = peer.ok().flatten().and_then(|t| t.trim().parse().ok()) else {
+            return;
+        };
+        if let Ok(mut runtime) = self.host.state.runtime(&name)
+            && runtime.ownership == Ownership::Local
+            && runtime.epoch <= granted_from(folder)
+        {
+            runtime.ownership = Ownership::Departed {
+                migration: id.clone(),
+                to,
+            };
+            if let Err(error) = self.host.state.save_runtime(&name, &runtime) {
+                tracing::error!(machine = %name, %error, "a machine's record cannot be saved");
+            }
+        }
     }
 
     /// Ends the QEMU of a machine that was arriving, by the name its process carries.
@@ -439,12 +470,14 @@ impl Daemon {
     }
 }
 
-/// The state of a migration that no driver drives.
-pub fn settled(phase: Phase) -> MigrationState {
-    match phase {
-        Phase::Complete => MigrationState::Completed,
-        Phase::Cancel => MigrationState::Cancelled,
-        Phase::Rewind => MigrationState::Failed,
-        _ => MigrationState::NeedsOperator,
-    }
+/// The epoch under which a migration's machine was this host's before it was promised away.
+fn granted_from(folder: &Path) -> Epoch {
+    let journal = MigrationJournal::open(folder);
+    let started = journal.ok().and_then(|journal| {
+        journal.records().iter().find_map(|record| match *record {
+            Record::Started { epoch } => Some(epoch),
+            _ => None,
+        })
+    });
+    started.unwrap_or_default()
 }

@@ -63,6 +63,39 @@ impl Machine {
         }
     }
 
+    /// From now on notices when the machine's process ends by itself, and tidies up after it.
+    pub async fn watch_end(self: &Arc<Self>, host: &Arc<Host>) {
+        let watched = {
+            let standing = self.lock().await;
+            let running = standing.running.as_ref();
+            running.map(|r| (r.end_watch(), r.process.clone()))
+        };
+        let Some((end, process)) = watched else {
+            return;
+        };
+        let (machine, host) = (self.clone(), host.clone());
+        tokio::spawn(async move {
+            let asked = end.await;
+            let mut standing = machine.lock().await;
+            if !standing
+                .running
+                .as_ref()
+                .is_some_and(|r| r.process == process)
+            {
+                return;
+            }
+            // Its disks are still arriving, if they are: the migration holds them by itself.
+            standing.running = None;
+            if asked {
+                tracing::info!(machine = %machine.name, "the guest shut down");
+                standing.runtime.process = None;
+                save(&host, &standing);
+            } else {
+                tracing::error!(machine = %machine.name, pid = process.pid, "the machine's process ended unasked");
+            }
+        });
+    }
+
     pub async fn lock(&self) -> AsyncGuard<'_, Standing> {
         self.standing.lock().await
     }
@@ -77,6 +110,14 @@ impl Machine {
             let state = Ownership::Local;
             set_volume(host, &disk.volume, standing.runtime.epoch, state);
         }
+    }
+
+    /// The machine was promised to the peer. From here on only the migration may decide that it runs here
+    /// again; its process stays, stopped, as the way back.
+    pub async fn granted(&self, host: &Host, migration: MigrationId, to: PeerName) {
+        let mut standing = self.lock().await;
+        standing.runtime.ownership = Ownership::Departed { migration, to };
+        save(host, &standing);
     }
 
     /// The machine is complete at the peer: its process here ends, its disks here are marked as what

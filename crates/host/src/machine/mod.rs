@@ -149,6 +149,21 @@ impl Running {
         }
     }
 
+    /// Resolves when the process has ended; true if it was asked to, from within or without.
+    pub fn end_watch(&self) -> impl Future<Output = bool> + Send + use<> {
+        let (mut events, process) = (self.qmp.events(), self.process.clone());
+        async move {
+            let mut asked = false;
+            while let Ok(event) = events.next().await {
+                asked |= event.name == "SHUTDOWN";
+            }
+            while process.is_alive() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            asked
+        }
+    }
+
     pub fn has_ended(&self) -> bool {
         !self.process.is_alive()
     }

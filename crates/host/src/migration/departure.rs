@@ -139,16 +139,8 @@ async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken)
         if stop.is_cancelled() {
             return;
         }
-        let passes = match &error {
-            LaneError::Peer(error) => error.may_pass(),
-            _ => true,
-        };
-        let event = if passes {
-            LinkEvent::Down(error)
-        } else {
-            LinkEvent::Dead(error)
-        };
-        if life.events.send(event).await.is_err() || !passes {
+        // Even what seems final, a changed key say, may be put right by a person; who waits is told why.
+        if life.events.send(LinkEvent::Down(error)).await.is_err() {
             return;
         }
         tokio::select! {
@@ -363,9 +355,14 @@ async fn control_in(
             }) => holdings.note(&flow, space, first, units, &packed)?,
             Heard::Message(Message::HaveEnd) => {
                 let changing = *life.gear.ram_changes.borrow();
-                for (space, held) in std::mem::take(&mut holdings.0) {
-                    let is_ram = matches!(flow.content(space), Some(Content::Ram { .. }));
-                    flow.peer_has(space, &held, is_ram && changing);
+                let mut said = std::mem::take(&mut holdings.0);
+                for info in flow.infos() {
+                    // A space that the peer did not speak of is one of which it holds nothing.
+                    let held = said
+                        .remove(&info.id)
+                        .unwrap_or_else(|| UnitSet::empty(info.units()));
+                    let is_ram = matches!(flow.content(info.id), Some(Content::Ram { .. }));
+                    flow.peer_has(info.id, &held, is_ram && changing);
                 }
                 told.send_replace(true);
                 if life.events.send(LinkEvent::Up).await.is_err() {

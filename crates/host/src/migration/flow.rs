@@ -111,6 +111,11 @@ impl Flow {
         self.open.send_replace(true);
     }
 
+    /// Nothing more leaves: the migration is over.
+    pub fn close(&self) {
+        self.open.send_replace(false);
+    }
+
     /// Resolves while content may leave.
     pub async fn opened(&self) {
         // The sender is this object, so the wait cannot fail while somebody waits on it.

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
@@ -36,13 +36,17 @@ use crate::disk::{Disk, Filling, Mode, Wants};
 use crate::host::Host;
 use crate::machine::{Boot, Running, start};
 use crate::machines::{Machine, Machines};
-use crate::state::{MachineRuntime, MigrationId, Ownership, Timestamp};
+use crate::state::{MachineRuntime, MigrationId, Ownership, QemuProcess, Timestamp};
 
 /// Packed device state that may gather before a grant.
 const MAX_STATE: usize = MAX_DEVICE_STATE;
 
 /// How often figures are gathered and told to the source.
 const SAMPLE: Duration = Duration::from_millis(250);
+
+/// How long a source that is out of reach is waited for before it has granted anything. Longer than the
+/// source waits for this side.
+const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(90);
 
 /// Most RAM blocks a machine may have.
 const MAX_BLOCKS: usize = 4096;
@@ -94,9 +98,11 @@ pub struct Incoming {
     verified_units: u64,
     resumed_at: Option<Duration>,
     machine: Option<Arc<Machine>>,
+    process: Option<QemuProcess>,
     over: Option<Phase>,
     /// Taken up from a journal: its epoch is known.
     known: bool,
+    down_since: Option<Instant>,
 }
 
 impl Incoming {
@@ -125,8 +131,10 @@ impl Incoming {
             verified_units: 0,
             resumed_at: None,
             machine: None,
+            process: None,
             over: None,
             known: false,
+            down_since: None,
         }
     }
 
@@ -170,6 +178,7 @@ impl Incoming {
     async fn heard(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up => {
+                self.down_since = None;
                 self.setup.board.link(|link| {
                     link.connected = true;
                     link.since = Timestamp::now();
@@ -180,7 +189,8 @@ impl Incoming {
                 }
                 self.event(DestinationEvent::LinkUp);
             }
-            LinkEvent::Down(error) | LinkEvent::Dead(error) => {
+            LinkEvent::Down(error) => {
+                self.down_since.get_or_insert_with(Instant::now);
                 let waiting = format!("{error}; waiting for the source to connect again");
                 self.setup.board.link(|link| {
                     link.connected = false;
@@ -274,7 +284,7 @@ impl Incoming {
                 self.setup.board.tell("all of RAM is here");
                 self.ram_done = true;
             }
-            Inner::Ram(Err(error)) => self.trouble(format!("RAM: {error}")),
+            Inner::Ram(Err(error)) => self.ram_failed(&error),
             Inner::Disks(Ok(units)) => {
                 self.verified_units = units;
                 self.setup
@@ -283,10 +293,22 @@ impl Incoming {
                 self.disks_done = true;
             }
             Inner::Disks(Err(error)) => self.trouble(format!("disks: {error}")),
-            Inner::SinkFailed(error) => self.trouble(format!("QEMU: {error}")),
+            Inner::SinkFailed(error) => self.ram_failed(&error),
         }
         if self.ram_done && self.disks_done {
             self.event(DestinationEvent::NothingAbsent);
+        }
+    }
+
+    /// QEMU does not take memory any more. A guest that has shut down needs none; its disks still come.
+    fn ram_failed(&mut self, error: &whimbrel_qemu::Error) {
+        if self.process.as_ref().is_some_and(|p| !p.is_alive()) {
+            self.setup.board.tell(format!(
+                "the guest's process has ended ({error}); its disks go on arriving"
+            ));
+            self.ram_done = true;
+        } else {
+            self.trouble(format!("RAM: {error}"));
         }
     }
 
@@ -602,6 +624,7 @@ impl Incoming {
             },
             process: Some(running.process.clone()),
         };
+        self.process = Some(running.process.clone());
         let accepted =
             tokio::task::block_in_place(|| landing.plan().accept(&self.setup.host, &runtime));
         if let Err(error) = accepted {
@@ -611,6 +634,7 @@ impl Incoming {
         }
         let machine = Machine::new(running.spec.clone(), runtime, Some(running));
         let machine = self.setup.machines.insert(machine);
+        machine.watch_end(&self.setup.host).await;
         machine.lock().await.migration = Some(self.setup.migration.clone());
         self.machine = Some(machine);
         self.watch_ram();
@@ -662,6 +686,20 @@ impl Incoming {
     // ---- figures and ends ----
 
     async fn sample(&mut self) {
+        let waiting = matches!(self.switch.phase(), Phase::Prepare | Phase::Copy);
+        if waiting
+            && self
+                .down_since
+                .is_some_and(|d| d.elapsed() > PATIENCE_BEFORE_GRANT)
+        {
+            // Safe whatever the source did meanwhile: a grant that is on its way finds a refusal.
+            self.down_since = None;
+            self.refusal = Some(format!(
+                "the source was out of reach for {} s",
+                PATIENCE_BEFORE_GRANT.as_secs()
+            ));
+            self.event(DestinationEvent::Failed);
+        }
         let mut resident: Vec<u64> = Vec::new();
         let mut spaces = Vec::new();
         for disk in self.setup.arrivals.disks() {

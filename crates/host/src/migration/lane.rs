@@ -52,8 +52,6 @@ pub enum LinkEvent {
     Heard(Box<Message>),
     /// The connections broke; the session will try again by itself.
     Down(LaneError),
-    /// The session is over and will not try again.
-    Dead(LaneError),
 }
 
 /// Where a session's messages go in. While there is no connection they go nowhere: what matters is said

@@ -30,6 +30,8 @@ pub enum RecordError {
 pub struct MigrationJournal {
     path: PathBuf,
     file: File,
+    /// Bytes of whole lines.
+    len: u64,
     records: Vec<Record>,
 }
 
@@ -65,6 +67,7 @@ impl MigrationJournal {
         Ok(MigrationJournal {
             path,
             file,
+            len: good as u64,
             records,
         })
     }
@@ -77,13 +80,19 @@ impl MigrationJournal {
     pub fn append(&mut self, record: Record) -> Result<(), RecordError> {
         let json = serde_json::to_string(&record).expect("a record is plain data");
         let line = format!("{:016x} {json}\n", xxh3_64(json.as_bytes()));
-        self.file
+        let written = self
+            .file
             .write_all(line.as_bytes())
-            .and_then(|()| self.file.sync_data())
-            .map_err(|source| RecordError::Io {
+            .and_then(|()| self.file.sync_data());
+        if let Err(source) = written {
+            // Half a line must not stand before the next; if even this fails the disk is beyond us.
+            let _ = self.file.set_len(self.len);
+            return Err(RecordError::Io {
                 path: self.path.clone(),
                 source,
-            })?;
+            });
+        }
+        self.len += line.len() as u64;
         self.records.push(record);
         Ok(())
     }

@@ -279,6 +279,9 @@ impl Service for Daemon {
         let machine = self.machine_named(&name)?;
         {
             let mut standing = machine.lock().await;
+            if self.is_migrating(&standing) {
+                return Err(busy_migrating(&name));
+            }
             if standing.runtime.ownership != Ownership::Local {
                 return Err(ApiError::new(
                     ErrorCode::WrongState,
@@ -302,6 +305,7 @@ impl Service for Daemon {
             standing.running = Some(running);
             save(&self.host, &standing);
         }
+        machine.watch_end(&self.host).await;
         Ok(self.machine_view(&machine).await)
     }
 
@@ -377,6 +381,7 @@ impl Service for Daemon {
         self.host.state.save_runtime(&spec.name, &runtime)?;
         let machine = Machine::new(spec, runtime, Some(running));
         let machine = self.machines.insert(machine);
+        machine.watch_end(&self.host).await;
         Ok(self.machine_view(&machine).await)
     }
 
@@ -460,6 +465,7 @@ impl Service for Daemon {
             .expect("32 hexadecimal digits are a migration's id");
         let folder = self.host.state.add_migration(&id)?;
         StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
+        StateDir::replace_file(&folder.join("peer"), request.to.as_str().as_bytes())?;
         let journal = MigrationJournal::open(&folder)
             .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
         let mut view = first_view(

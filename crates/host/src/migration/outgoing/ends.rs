@@ -47,6 +47,7 @@ impl Outgoing {
     pub(super) async fn finish(&mut self, phase: Phase) {
         self.over = Some(phase);
         self.figures();
+        self.setup.flow.close();
         if phase == Phase::Complete {
             let report = report::outgoing(
                 &self.setup.flow,

@@ -27,7 +27,7 @@ use whimbrel_wire::message::{
 use super::board::Board;
 use super::departure::Departure;
 use super::flow::{Content, Flow};
-use super::lane::{LaneError, LinkEvent};
+use super::lane::LinkEvent;
 use super::record::MigrationJournal;
 use super::report;
 use crate::api::error::{ApiError, ErrorCode};
@@ -43,6 +43,10 @@ const STATE_PART: usize = 768 << 10;
 /// How long an unreachable destination is waited for before the grant. The guest runs meanwhile, so
 /// there is no hurry; but nobody should find a forgotten migration in the morning.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(60);
+
+/// How long a source stays, after all is over, on a link that is up: less than the destination does, which
+/// would otherwise be dialled again for nothing.
+const FAREWELL: Duration = Duration::from_secs(3);
 
 /// How long a source stays, after all is over, for a destination that cannot be told.
 const LONGEST_FAREWELL: Duration = Duration::from_secs(3600);
@@ -215,7 +219,7 @@ impl Outgoing {
             self.quiet_since = None;
             now
         };
-        quiet_since.elapsed() > super::LINGER
+        quiet_since.elapsed() > FAREWELL
             || over_since.elapsed() > LONGEST_FAREWELL
             || self.over != Some(Phase::Complete)
     }
@@ -277,43 +281,7 @@ impl Outgoing {
                     link.waiting_for = Some(waiting);
                 });
             }
-            LinkEvent::Dead(error) => self.dead(&error),
             LinkEvent::Heard(message) => self.message(*message).await,
-        }
-    }
-
-    /// The peer refuses for good: its key changed, it does not trust this host any more.
-    fn dead(&mut self, error: &LaneError) {
-        self.link_up = false;
-        if self.over.is_some() {
-            // A cancelled migration need not wait for a peer that turns us away: it cleans up by itself.
-            self.switch = Source::new(self.setup.runtime.epoch);
-            return;
-        }
-        let what = format!("the destination turns this host away: {error}");
-        if self.switch.can_cancel() {
-            self.fail(ErrorCode::PeerRefused, what);
-        } else {
-            self.setup.board.fail(
-                MigrationState::NeedsOperator,
-                ApiError::new(ErrorCode::NeedsOperator, what)
-                    .machine_state(self.machine_state())
-                    .next_step("restore the trust between the hosts; the migration then goes on"),
-            );
-        }
-    }
-
-    fn machine_state(&self) -> String {
-        match self.switch.phase() {
-            Phase::Prepare | Phase::Copy | Phase::Cancel | Phase::Rewind => {
-                "the machine runs here as before".to_string()
-            }
-            Phase::Quiesce => "the machine is stopped here and will be resumed".to_string(),
-            Phase::Grant => {
-                "the machine is paused here; the destination has not said whether it runs it"
-                    .to_string()
-            }
-            _ => format!("the machine belongs to {}", self.board().view().peer),
         }
     }
 

@@ -93,7 +93,7 @@ impl Outgoing {
                     self.ram_taken = true;
                 }
                 Some(LinkEvent::Heard(_)) | Some(LinkEvent::Up) => {}
-                Some(LinkEvent::Down(error)) | Some(LinkEvent::Dead(error)) => {
+                Some(LinkEvent::Down(error)) => {
                     self.link_up = false;
                     self.down_since = Some(Instant::now());
                     return Err(format!("the link broke during the stop: {error}"));

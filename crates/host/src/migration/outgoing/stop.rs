@@ -1,7 +1,7 @@
 //! The stop, and what the grant leaves time for.
 //!
 //! Between QEMU's STOP and the grant lie only the hand-over itself, the disks' mode and bitmaps. Whatever
-//! can be done before (making disks durable, finding rings) or after (finding holes) is.
+//! can be done before (making disks durable, finding early) or after (finding holes) is.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, UNIT};
 use whimbrel_engine::switchover::SourceEvent;
-use whimbrel_qemu::info::ring_pages;
+use whimbrel_qemu::info::early_pages;
 use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::{MAX_BITMAP_UNITS, Message, RamMode, pack_bitmap};
 
@@ -32,13 +32,13 @@ impl Outgoing {
                 );
             }
         }
-        // Asked while the guest runs: rings are where they are, whatever is in them.
-        let rings = match &self.ram {
-            Some(ram) => ring_pages(&self.setup.qmp, ram.layout()).await,
+        // Asked while the guest runs: they are where they are, whatever is in them.
+        let early = match &self.ram {
+            Some(ram) => early_pages(&self.setup.qmp, ram.layout()).await,
             None => return self.fail(ErrorCode::Internal, "the stop came before the copy"),
         };
-        let rings = rings.unwrap_or_else(|error| {
-            tracing::warn!(%error, "rings are unknown; the destination will demand them one by one");
+        let early = early.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the pages that devices touch first are unknown; the destination will demand them one by one");
             Vec::new()
         });
         let Some(ram) = &self.ram else { return };
@@ -63,14 +63,14 @@ impl Outgoing {
                 return self.fail(ErrorCode::PeerUnreachable, what);
             }
         } else {
-            self.offer_ram(&handover, &rings);
+            self.offer_ram(&handover, &early);
         }
         self.handover = Some(handover);
         self.event(SourceEvent::Stopped);
     }
 
-    /// All of RAM is offered: at once what is current, later what QEMU still delivers. Rings first.
-    fn offer_ram(&self, handover: &Handover, rings: &[UnitSet]) {
+    /// All of RAM is offered: at once what is current, later what QEMU still delivers. Pages that devices touch first go first.
+    fn offer_ram(&self, handover: &Handover, early: &[UnitSet]) {
         let Some(ram) = &self.ram else { return };
         for (block, stale) in handover.stale.iter().enumerate() {
             let space = self.ram_space(block);
@@ -79,7 +79,7 @@ impl Outgoing {
             self.setup.flow.change(|out| {
                 out.offer_set(space, &live);
                 out.set_withheld(space, stale);
-                for run in rings.get(block).into_iter().flat_map(UnitSet::runs) {
+                for run in early.get(block).into_iter().flat_map(UnitSet::runs) {
                     out.demand(space, run);
                 }
                 // What the guest wrote last it will want first.
@@ -96,6 +96,9 @@ impl Outgoing {
         if !self.tasks.is_empty() {
             return;
         }
+        let view = self.setup.board.view();
+        let machine = &self.setup.machine;
+        machine.granted(&self.setup.host, view.id, view.peer).await;
         if let Some(ram) = &self.ram {
             let (store, flow) = (ram.store().clone(), self.setup.flow.clone());
             let blocks = ram.layout().blocks.len();
