@@ -370,9 +370,51 @@ async fn one_address_drops_only_its_own_oldest() {
     );
     let addr = ([127, 0, 0, 1], port).into();
     let (dialled, accepted) = tokio::join!(oslo.dials(addr, &bern), listener.accept());
-    assert!(dialled.is_ok() && accepted.is_ok());
+    let (_dialled, _accepted) = (dialled.unwrap(), accepted.unwrap());
     let nothing = other.try_read(&mut [0]).unwrap_err();
     assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[tokio::test]
+async fn one_that_hangs_up_while_the_next_comes_is_told_of_once() {
+    let (oslo, bern) = two_hosts();
+    let settings = ListenSettings {
+        unfinished_by_address: 1,
+        ..ListenSettings::default()
+    };
+    let mut listener = bern.listens(settings).await;
+    let addr = listener.local_addr();
+    let hung_up = TcpStream::connect(addr).await.unwrap();
+    let oldest = hung_up.local_addr().unwrap();
+    drop(hung_up);
+    // Whether it ended by itself or was dropped for this one is a matter of luck; that it is not both is not.
+    let (dialled, accepted) = tokio::join!(oslo.dials(addr, &bern), async {
+        let mut told = Vec::new();
+        loop {
+            match listener.accept().await {
+                Ok(accepted) => return (told, accepted),
+                Err(error) => told.push(error),
+            }
+        }
+    });
+    dialled.unwrap();
+    let (mut told, _accepted) = accepted;
+    while told.is_empty() {
+        told.extend(listener.accept().await.err());
+    }
+    // Whoever comes next and is refused is told of after all that was told of the first.
+    let mut garbage = TcpStream::connect(addr).await.unwrap();
+    garbage.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    let _ = garbage.read_to_end(&mut Vec::new()).await;
+    drop(garbage);
+    let next = listener.accept().await.unwrap_err();
+    assert!(matches!(next, PeerError::NotTls { .. }), "{next}");
+    let [PeerError::HandshakesFull { addr, .. } | PeerError::HandshakeBroken { addr, .. }] =
+        told[..]
+    else {
+        panic!("{told:?}");
+    };
+    assert_eq!(addr, oldest);
 }
 
 #[tokio::test]
