@@ -1,4 +1,4 @@
-//! Debian's cloud kernel on this machine, and those of its modules that a guest needs.
+//! Debian's cloud kernel, installed or unpacked somewhere, and those of its modules that a guest needs.
 
 use super::{GuestError, tool};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,7 @@ pub struct Kernel {
 
 impl Kernel {
     /// The newest `/boot/vmlinuz-*-cloud-amd64` that has modules; `WHIMBREL_KERNEL` names another
-    /// image, whose file name must be `vmlinuz-RELEASE`.
+    /// image, `X/boot/vmlinuz-RELEASE` with its modules in `X/lib/modules/RELEASE`.
     pub fn find() -> Result<Kernel, GuestError> {
         if let Some(image) = std::env::var_os("WHIMBREL_KERNEL") {
             return Kernel::of(Path::new(&image)).ok_or(GuestError::NoKernel);
@@ -32,7 +32,8 @@ impl Kernel {
 
     fn of(image: &Path) -> Option<Kernel> {
         let release = image.file_name()?.to_str()?.strip_prefix("vmlinuz-")?;
-        let modules = Path::new("/lib/modules").join(release);
+        let root = image.parent()?.parent()?;
+        let modules = root.join("lib/modules").join(release);
         modules.join("modules.dep").exists().then(|| Kernel {
             image: image.into(),
             release: release.into(),
@@ -135,6 +136,21 @@ mod tests {
         ];
         assert_eq!(order, Ok(expected.map(String::from).into()));
         assert_eq!(load_order(dep, "", &["ext4"]), Err("ext4".into()));
+    }
+
+    #[test]
+    fn an_unpacked_kernel_has_its_modules_beside_it() {
+        let root = tempfile::tempdir().expect("a folder");
+        let image = root.path().join("boot/vmlinuz-6.9-cloud-amd64");
+        let modules = root.path().join("lib/modules/6.9-cloud-amd64");
+        std::fs::create_dir_all(&modules).expect("a folder");
+        assert!(Kernel::of(&image).is_none());
+        std::fs::write(modules.join("modules.dep"), "kernel/blk.ko.xz:\n").expect("a file");
+        std::fs::write(modules.join("modules.builtin"), "").expect("a file");
+        let kernel = Kernel::of(&image).expect("a kernel");
+        assert_eq!(kernel.release, "6.9-cloud-amd64");
+        let blk = kernel.modules(&["blk"]).expect("its modules");
+        assert_eq!(blk, [modules.join("kernel/blk.ko.xz")]);
     }
 
     #[test]
