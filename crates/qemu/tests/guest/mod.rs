@@ -38,7 +38,12 @@ pub const IDLE: Load = Load {
     pause_us: 50_000,
 };
 
+/// `X/boot/vmlinuz-RELEASE`, whose modules are in `X/lib/modules/RELEASE`: the one that `WHIMBREL_KERNEL`
+/// names, else the last of those installed.
 fn kernel() -> PathBuf {
+    if let Some(image) = std::env::var_os("WHIMBREL_KERNEL") {
+        return image.into();
+    }
     let mut found: Vec<PathBuf> = std::fs::read_dir("/boot")
         .expect("/boot")
         .map(|e| e.expect("/boot").path())
@@ -51,6 +56,33 @@ fn kernel() -> PathBuf {
 fn run(command: &mut Command) {
     let status = command.status().expect("started");
     assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Where the kernel's own modules are.
+fn modules() -> PathBuf {
+    let image = kernel();
+    let name = image.file_name().and_then(|name| name.to_str());
+    let release = name.and_then(|name| name.strip_prefix("vmlinuz-"));
+    let root = image.parent().and_then(Path::parent);
+    let (release, root) = release.zip(root).expect("X/boot/vmlinuz-RELEASE");
+    root.join("lib/modules").join(release).join("kernel")
+}
+
+/// Copies a module, decompressed where it is not. False if there is none: it is built in then.
+fn copy_module(from: &Path, to: &Path) -> bool {
+    let (plain, packed) = (from.with_extension("ko"), from.with_extension("ko.xz"));
+    if plain.exists() {
+        std::fs::copy(plain, to).expect("module");
+    } else if packed.exists() {
+        let to = std::fs::File::create(to).expect("module");
+        run(Command::new("busybox")
+            .args(["unxz", "-c"])
+            .arg(packed)
+            .stdout(to));
+    } else {
+        return false;
+    }
+    true
 }
 
 /// The initramfs, built once per test run, beside cargo's other products.
@@ -84,13 +116,11 @@ fn build_initramfs(dir: &Path) {
         .arg("-o")
         .arg(root.join("bin/pattern")));
     std::fs::copy("/usr/bin/busybox", root.join("bin/busybox")).expect("busybox-static");
-    let version = kernel().to_string_lossy().replace("/boot/vmlinuz-", "");
+    let modules = modules();
     let mut load = String::new();
     for module in MODULES {
-        let from = format!("/lib/modules/{version}/kernel/{module}.ko");
         let name = module.rsplit('/').next().expect("a name");
-        if Path::new(&from).exists() {
-            std::fs::copy(&from, root.join(format!("{name}.ko"))).expect("module");
+        if copy_module(&modules.join(module), &root.join(format!("{name}.ko"))) {
             load += &format!("$b insmod /{name}.ko\n");
         }
     }
