@@ -1,4 +1,4 @@
-//! What two daemons say to each other: [frames](frame), the [messages](message) and the [units](units)
+//! What two daemons say to each other: [frames](frame), the [messages](message) and the [units]
 //! inside them.
 //!
 //! Nothing here opens a socket: bytes in, values out. Every decoder takes bytes from a peer that may be

@@ -1,7 +1,7 @@
 //! What the disk must hold, computed again from the seed and the last fsynced numbers.
 //!
 //! The log is a ring: record `seq` (from 1) lies in slot `(seq - 1) % slots`. The random writer's n-th
-//! write (its generation, from 1) goes to block [`target`]. Both therefore need no list of what was
+//! write (its generation, from 1) goes to block [`target`](Geometry::target). Both therefore need no list of what was
 //! written where: one number per file, the last that an fsync covered, says what every slot and block
 //! must at least be, inside the guest after a restart as well as outside it after a shutdown.
 

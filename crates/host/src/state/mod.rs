@@ -13,7 +13,7 @@
 //!   migrations/<id>/              one migration's journal
 //! ```
 //!
-//! Every record is replaced whole, durably, or not at all (see [`durable`]). A record that cannot be
+//! Every record is replaced whole, durably, or not at all (see `durable`). A record that cannot be
 //! understood is an error that names it and is never overwritten: it may be the only word on who owns a
 //! machine. Calls here block on the disk (an fsync or two each).
 

@@ -11,7 +11,7 @@
 //! arrives `delay` plus a random part of `jitter` later, never before a packet that left earlier.
 //! A lost packet is lost *on the cable*: it has used its share of the rate, as on a real line.
 //!
-//! Nothing happens by itself: each call first brings the state up to its `now` ([`Line::advance`]),
+//! Nothing happens by itself: each call first brings the state up to its `now` (`Line::advance`),
 //! so the times of departure are exact however late the caller comes. The unit of work of the server
 //! is the bit-nanosecond (`bits * 10^9`), in which `rate * elapsed` is exact; only the end of a packet
 //! is rounded, upwards and by less than 1 ns, so the rate is never exceeded.

@@ -1,7 +1,7 @@
 //! The wide area, emulated in user space: a TUN device in each of two network namespaces, a thread for
 //! each direction between them. No kernel support beyond TUN is needed (no netem).
 //!
-//! [`line`] is the model of a direction, pure; [`burst`] lets it see single packets while the bytes move
+//! [`mod@line`] is the model of a direction, pure; `burst` lets it see single packets while the bytes move
 //! in large pieces; [`forward`](self) is the thread that joins both to the devices.
 
 mod burst;

@@ -4,7 +4,7 @@
 //! buffer, so that a page is copied once here (into the store). It runs on a thread of its own: the
 //! stream comes at about 1 GB/s and has no pauses in which a runtime could do something else.
 //!
-//! State is kept in three places only: where in the stream we are ([`At`]), the RAM blocks, and the
+//! State is kept in three places only: where in the stream we are (`At`), the RAM blocks, and the
 //! block named last (a record with CONTINUE names none).
 
 use std::io::Read;
