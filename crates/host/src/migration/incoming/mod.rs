@@ -4,8 +4,9 @@
 //! grant to QEMU's RESUME: one durable line in the journal, the disks' mode, the package into QEMU.
 //! Records that describe the new state at leisure are written when the guest runs.
 
+mod ready;
+
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,24 +18,23 @@ use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
-use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
-use whimbrel_qemu::stream::{RamBlock, StreamLayout};
-use whimbrel_wire::message::{Grant, Layout, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack};
+use whimbrel_qemu::stream::StreamLayout;
+use whimbrel_wire::message::{Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack};
 
 use super::arrival::Arrival;
 use super::arrivals::{Arrivals, RamIn, RamSink};
 use super::board::Board;
-use super::landing::{Landing, Plan};
+use super::landing::Landing;
 use super::lane::LinkEvent;
-use super::peeks::{DiskPeek, Peeks};
+use super::peeks::Peeks;
 use super::record::MigrationJournal;
 use super::report;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::{MigrationState, SpaceProgress};
-use crate::disk::{Disk, Filling, Mode, Wants};
+use crate::disk::{Filling, Mode, Wants};
 use crate::host::Host;
-use crate::machine::{Boot, Running, start};
+use crate::machine::Running;
 use crate::machines::{Machine, Machines};
 use crate::state::{MachineRuntime, MigrationId, Ownership, QemuProcess, Timestamp};
 
@@ -47,9 +47,6 @@ const SAMPLE: Duration = Duration::from_millis(250);
 /// How long a source that is out of reach is waited for before it has granted anything. Longer than the
 /// source waits for this side.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(90);
-
-/// Most RAM blocks a machine may have.
-const MAX_BLOCKS: usize = 4096;
 
 /// What a migration to here starts with.
 pub struct Setup {
@@ -364,171 +361,6 @@ impl Incoming {
             },
         };
         self.setup.link.mouth.say(message).await;
-    }
-
-    // ---- making ready ----
-
-    async fn make_ready(&mut self) {
-        match self.try_make_ready().await {
-            Ok(()) => self.event(DestinationEvent::Ready),
-            Err(why) => {
-                tracing::warn!(why, "cannot take the machine in");
-                self.refusal = Some(why);
-                self.event(DestinationEvent::Failed);
-            }
-        }
-    }
-
-    async fn try_make_ready(&mut self) -> Result<(), String> {
-        let offer = self.offer.clone().ok_or("nothing was offered")?;
-        let host = self.setup.host.clone();
-        let probe = crate::machine::probe(&host.config)
-            .await
-            .map_err(|e| e.to_string())?;
-        probe
-            .concrete(&offer.machine_type)
-            .map_err(|e| e.to_string())?;
-        let plan = Plan::make(&host, &self.setup.migration, &offer).map_err(|e| e.to_string())?;
-        let landing = match plan.clone().carry_out(&host, &self.setup.migration).await {
-            Ok(landing) => landing,
-            Err(error) => {
-                plan.undo(&host).await;
-                return Err(error.to_string());
-            }
-        };
-        let disks = landing.volumes.iter().enumerate().map(|(n, volume)| {
-            let peek = DiskPeek {
-                space: SpaceId(n as u16),
-                peeks: self.setup.peeks.clone(),
-                mouth: self.setup.link.mouth.clone(),
-            };
-            Arc::new(Disk::new(
-                volume.record.name.to_string(),
-                volume.record.size,
-                volume.file.clone(),
-                Mode::Arriving(Arc::new(peek)),
-            ))
-        });
-        let disks: Vec<Arc<Disk>> = disks.collect();
-        self.setup.arrivals.expect_disks(disks.len());
-        let spec = landing.plan().spec.clone();
-        let folder = host.state.machine_folder(&spec.name);
-        self.landing = Some(landing);
-        let boot = Boot::Incoming {
-            machine_type: &offer.machine_type,
-        };
-        let running = start(&host.config, &folder, &spec, disks, boot)
-            .await
-            .map_err(|e| e.to_string())?;
-        self.ram_mode = match offer.ram {
-            RamMode::Precopy => RamMode::Precopy,
-            asked => match (postcopy_possible(&running.qmp).await, asked) {
-                (Ok(()), _) => RamMode::Postcopy,
-                (Err(error), RamMode::Postcopy) => {
-                    self.running = Some(running);
-                    return Err(format!(
-                        "{error}; let the daemon run as root, set vm.unprivileged_userfaultfd=1, or ask for `--ram precopy`"
-                    ));
-                }
-                (Err(error), _) => {
-                    self.refusal = Some(format!("RAM goes by pre-copy: {error}"));
-                    RamMode::Precopy
-                }
-            },
-        };
-        self.running = Some(running);
-        Ok(())
-    }
-
-    async fn take_layout(&mut self, layout: Layout) {
-        if self.layout.is_some() {
-            self.setup.link.mouth.say(Message::LayoutTaken).await;
-            return;
-        }
-        match self.try_take_layout(layout).await {
-            Ok(()) => self.setup.link.mouth.say(Message::LayoutTaken).await,
-            Err(why) => {
-                self.refusal = Some(why);
-                self.event(DestinationEvent::Failed);
-            }
-        }
-    }
-
-    async fn try_take_layout(&mut self, layout: Layout) -> Result<(), String> {
-        let running = self.running.as_ref().ok_or("a layout before the machine")?;
-        if layout.blocks.len() > MAX_BLOCKS {
-            return Err(format!("{} RAM blocks are too many", layout.blocks.len()));
-        }
-        let layout = StreamLayout {
-            configuration: layout.configuration,
-            ram_section: layout.ram_section,
-            ram_instance: layout.ram_instance,
-            blocks: layout
-                .blocks
-                .into_iter()
-                .map(|b| RamBlock {
-                    name: b.name,
-                    len: b.len,
-                    page_size: b.page_size,
-                })
-                .collect(),
-        };
-        let first = running.disks.len();
-        let spaces: Vec<SpaceInfo> = layout
-            .blocks
-            .iter()
-            .enumerate()
-            .map(|(n, b)| SpaceInfo {
-                id: SpaceId((first + n) as u16),
-                kind: SpaceKind::Ram,
-                name: b.name.clone(),
-                len: b.len,
-            })
-            .collect();
-        let socket = self.ram_socket();
-        let (sink, requests) = match self.ram_mode {
-            RamMode::Precopy => {
-                let sink = PrecopySink::start(&running.qmp, &socket, &layout)
-                    .await
-                    .map_err(|e| e.to_string())?;
-                (RamSink::Precopy(sink), None)
-            }
-            RamMode::Postcopy | RamMode::Auto => {
-                let (sink, requests) = PostcopySink::start(&running.qmp, &socket, &layout)
-                    .await
-                    .map_err(|e| e.to_string())?;
-                (RamSink::Postcopy(sink), Some(requests))
-            }
-        };
-        let wants = self.setup.wants.clone();
-        let ram = Arc::new(RamIn::new(spaces, sink, wants, self.setup.board.clock()));
-        self.setup.arrivals.set_ram(ram.clone());
-        if let Some(mut requests) = requests {
-            let ram = ram.clone();
-            self.requests = Some(AbortOnDropHandle::new(tokio::spawn(async move {
-                while let Some((block, extent)) = requests.recv().await {
-                    ram.request(block, extent);
-                }
-            })));
-        } else {
-            self.setup.arrivals.open_ram();
-        }
-        self.ram = Some(ram);
-        self.layout = Some(layout);
-        Ok(())
-    }
-
-    fn ram_socket(&self) -> PathBuf {
-        let folder = self.setup.host.state.machine_folder(
-            &self
-                .landing
-                .as_ref()
-                .expect("a layout is taken only after making ready")
-                .plan()
-                .spec
-                .name,
-        );
-        folder.join("ram.sock")
     }
 
     // ---- the switchover ----
