@@ -37,8 +37,10 @@ pub struct GuestSpec {
 impl GuestSpec {
     /// 512 MiB with a hot set of 64 MiB, a disk of 2 GiB with 600 MiB of files; a report twice a second.
     pub fn large(name: &str) -> GuestSpec {
-        let mut params = Params::default();
-        params.interval_ms = 500;
+        let params = Params {
+            interval_ms: 500,
+            ..Params::default()
+        };
         GuestSpec {
             name: name.to_owned(),
             memory_mib: 512,
@@ -233,7 +235,8 @@ impl Guest {
             .run("guest control", connect)??)
     }
 
-    pub(super) fn power_off(&mut self, lab: &Lab) -> Result<Outcome, PairError> {
+    /// Lets the guest check all its pages and shut down; its last words.
+    pub fn power_off(&mut self, lab: &Lab) -> Result<Outcome, PairError> {
         let outcome = self.control(lab, POWEROFF_WITHIN)?.poweroff()?;
         self.listen();
         Ok(outcome)

@@ -42,15 +42,15 @@ impl Route {
 #[derive(Clone, Copy, Debug)]
 pub enum Moment<'a> {
     /// The rates before are being taken.
-    Before { left: Duration },
-    /// The command has told something (`news`), or a little time has passed.
+    Before { left: Duration, guest: Rates },
+    /// The command has told something, or a little time has passed.
     Moving {
         view: &'a MigrationView,
         since: Duration,
-        news: bool,
+        guest: Rates,
     },
     /// The rates after are being taken.
-    After { left: Duration },
+    After { left: Duration, guest: Rates },
 }
 
 /// A move that was made, with everything that was measured.
@@ -140,7 +140,9 @@ pub fn travel(
     let prober = guest.echo(pair.lab())?;
 
     let quiet_from = Instant::now();
-    linger(route.rates_for, |left| show(Moment::Before { left }));
+    linger(guest, route.rates_for, |left, guest| {
+        show(Moment::Before { left, guest });
+    });
 
     let counts = |way| wan.stats(way).counts;
     let (out_before, back_before) = (counts(out), counts(back));
@@ -170,7 +172,7 @@ pub fn travel(
             show(Moment::Moving {
                 view: &seen.view,
                 since: began.elapsed(),
-                news,
+                guest: rates_now(guest),
             });
         }
         if !news && over {
@@ -187,7 +189,9 @@ pub fn travel(
     };
     let arrived = Instant::now();
     let (out_after, back_after) = (counts(out), counts(back));
-    linger(route.rates_for, |left| show(Moment::After { left }));
+    linger(guest, route.rates_for, |left, guest| {
+        show(Moment::After { left, guest });
+    });
     guest.listen();
     let echo = prober.stop();
 
@@ -223,17 +227,25 @@ pub fn travel(
     })
 }
 
-/// Waits, telling how long it still takes.
-fn linger(time: Duration, mut tell: impl FnMut(Duration)) {
+/// Waits, telling how long it still takes and how the guest does.
+fn linger(guest: &mut Guest, time: Duration, mut tell: impl FnMut(Duration, Rates)) {
     let until = Instant::now() + time;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return;
         }
-        tell(left);
+        tell(left, rates_now(guest));
         std::thread::sleep(left.min(TICK));
     }
+}
+
+/// Over the last seconds, standing still included.
+fn rates_now(guest: &mut Guest) -> Rates {
+    guest.listen();
+    let now = Instant::now();
+    let from = now.checked_sub(rates::STEADY).unwrap_or(now);
+    rates::lately(guest.reports(), from, now)
 }
 
 fn since(now: LineCounts, then: LineCounts) -> LineCounts {

@@ -48,6 +48,17 @@ impl Rates {
             .unwrap_or(1.0)
     }
 
+    /// Half a line for people, per second each.
+    pub fn short(&self) -> String {
+        format!(
+            "RAM {:4.0}, log {:2.0}, random {:2.0}, files {:.1} MiB",
+            self.ram_pages,
+            self.log_records,
+            self.random_writes,
+            self.read_bytes / f64::from(1 << 20)
+        )
+    }
+
     /// One line for people.
     pub fn line(&self) -> String {
         format!(
@@ -98,6 +109,25 @@ pub fn between(reports: &[(Instant, Report)], from: Instant, to: Instant) -> Rat
         random_writes: rate(2),
         read_bytes: rate(3),
     }
+}
+
+/// As [`between`], for times beyond the last report: since then the guest counts as standing still.
+pub fn lately(reports: &[(Instant, Report)], from: Instant, to: Instant) -> Rates {
+    let mut rates = between(reports, from, to);
+    let heard = reports.last().map_or(from, |(at, _)| *at).clamp(from, to);
+    let share = (heard - from).as_secs_f64() / (to - from).as_secs_f64().max(1e-9);
+    // Reports come twice a second: a guest that just has not come to its next is not slow.
+    if share < 0.7 {
+        for rate in [
+            &mut rates.ram_pages,
+            &mut rates.log_records,
+            &mut rates.random_writes,
+            &mut rates.read_bytes,
+        ] {
+            *rate *= share;
+        }
+    }
+    rates
 }
 
 /// The brownout: from `resumed` to the first report from which on, for [`STEADY`], every workload works
