@@ -1,10 +1,10 @@
 //! Installs Debian packages with apt.
 //!
-//! The trap is QEMU. `qemu-system-x86` and `qemu-utils` must be of one version: a newer `qemu-utils` breaks an older
-//! `qemu-system-x86`, and on machines whose `qemu-utils` came from the backports the release's `qemu-system-x86`
-//! can therefore not be installed. So every plan is tried dry first. If the release's QEMU does not go in, both
-//! packages come from the release's backports, which are configured for it if they are not. No plan may remove a
-//! package: this is somebody's machine.
+//! The trap is QEMU. The release's may be too old for the laboratory ([`crate::qemu`]). And `qemu-system-x86` and
+//! `qemu-utils` must be of one version: a newer `qemu-utils` breaks an older `qemu-system-x86`, and on machines whose
+//! `qemu-utils` came from the backports the release's `qemu-system-x86` can therefore not be installed. So every plan
+//! is tried dry first. If the release's QEMU is too old or does not go in, both packages come from the release's
+//! backports, which are configured for it if they are not. No plan may remove a package: this is somebody's machine.
 
 use std::fs;
 use std::path::Path;
@@ -13,6 +13,7 @@ use std::process::Command;
 use crate::error::Error;
 use crate::needs::{Need, QEMU_SYSTEM, QEMU_UTILS};
 use crate::process;
+use crate::qemu;
 use crate::sources;
 
 const ETC_APT: &str = "/etc/apt";
@@ -25,9 +26,28 @@ pub fn install(needs: &[&Need]) -> Result<(), Error> {
         println!("  {:<18} {}", need.package, need.why);
     }
     let packages: Vec<&'static str> = needs.iter().map(|need| need.package).collect();
-    let by_hand = |why: String| Error::ByHand {
-        why,
-        packages: packages.clone(),
+    let wants_qemu = packages.contains(&QEMU_SYSTEM);
+    if let (true, Some(version)) = (wants_qemu, qemu::installed()) {
+        println!(
+            "{} is QEMU {version}, and {} is needed: {}.",
+            qemu::place(),
+            qemu::OLDEST,
+            qemu::WHY_NOT_OLDER
+        );
+    }
+    let by_hand = |mut why: String| {
+        if wants_qemu {
+            why.push_str(&format!(
+                "\nWithout QEMU {} or newer the demo cannot run: {}.\nDebian 12 has one in bookworm-backports only \
+                 (`-t bookworm-backports`).",
+                qemu::OLDEST,
+                qemu::WHY_NOT_OLDER
+            ));
+        }
+        Error::ByHand {
+            why,
+            packages: packages.clone(),
+        }
     };
 
     let codename = debian_codename(&fs::read_to_string("/etc/os-release").unwrap_or_default())
@@ -40,7 +60,7 @@ pub fn install(needs: &[&Need]) -> Result<(), Error> {
     }
 
     update();
-    let (qemu, others): (Vec<&str>, Vec<&str>) = packages
+    let (of_qemu, others): (Vec<&str>, Vec<&str>) = packages
         .iter()
         .partition(|name| [QEMU_SYSTEM, QEMU_UTILS].contains(name));
     if !others.is_empty() {
@@ -50,11 +70,17 @@ pub fn install(needs: &[&Need]) -> Result<(), Error> {
         );
         get(&others, None).map_err(|error| by_hand(error.to_string()))?;
     }
-    if !qemu.is_empty() {
-        install_qemu(&qemu, &codename).map_err(|error| by_hand(error.to_string()))?;
+    if !of_qemu.is_empty() {
+        install_qemu(&of_qemu, &codename).map_err(|error| by_hand(error.to_string()))?;
     }
     match needs.iter().find(|need| !need.is_present()) {
         None => Ok(()),
+        Some(need) if need.package == QEMU_SYSTEM && qemu::installed().is_some() => {
+            Err(by_hand(format!(
+                "apt installed {QEMU_SYSTEM}, but {} is an older one still.",
+                qemu::place()
+            )))
+        }
         Some(need) => Err(Error::ByHand {
             why: format!(
                 "apt installed {}, but what it is needed for is still not there.",
@@ -66,7 +92,9 @@ pub fn install(needs: &[&Need]) -> Result<(), Error> {
 }
 
 fn install_qemu(packages: &[&str], codename: &str) -> Result<(), Error> {
-    if dry_run(packages, None) {
+    let released = qemu::candidate(QEMU_SYSTEM, None);
+    let is_old = packages.contains(&QEMU_SYSTEM) && !qemu::will_do(released);
+    if !is_old && dry_run(packages, None) {
         println!(
             "Installing from the configured sources: {}",
             packages.join(" ")
@@ -74,17 +102,40 @@ fn install_qemu(packages: &[&str], codename: &str) -> Result<(), Error> {
         return get(packages, None);
     }
     let suite = format!("{codename}-backports");
-    println!(
-        "The {} of {codename} cannot be installed beside what is there{}.\n\
-         So both QEMU packages come from {suite}, in one version.",
-        packages.join(" and "),
-        installed_version(QEMU_UTILS)
-            .map(|version| format!(" ({QEMU_UTILS} {version})"))
-            .unwrap_or_default(),
-    );
+    if is_old {
+        println!(
+            "The configured sources have {} for {codename}, which is too old. So both QEMU packages come from {suite}.",
+            named(released)
+        );
+    } else {
+        println!(
+            "The {} of {codename} cannot be installed beside what is there{}.\n\
+             So both QEMU packages come from {suite}, in one version.",
+            packages.join(" and "),
+            installed_version(QEMU_UTILS)
+                .map(|version| format!(" ({QEMU_UTILS} {version})"))
+                .unwrap_or_default(),
+        );
+    }
     add_backports(codename, &suite)?;
+    let backported = qemu::candidate(QEMU_SYSTEM, Some(&suite));
+    if is_old && !qemu::will_do(backported) {
+        // Left as it is: an old QEMU would be installed for nothing.
+        return Err(Error::Check {
+            what: "No QEMU that is new enough can be had",
+            faults: vec![format!(
+                "the configured sources have {}, {suite} has {}",
+                named(released),
+                named(backported)
+            )],
+        });
+    }
     // Both, although one may be there: apt must be free to bring it to the same version.
     get(&[QEMU_SYSTEM, QEMU_UTILS], Some(&suite))
+}
+
+fn named(version: Option<qemu::Version>) -> String {
+    version.map_or_else(|| "no QEMU".into(), |version| format!("QEMU {version}"))
 }
 
 /// Configures the backports of the release on the mirror that the release itself comes from.

@@ -13,6 +13,7 @@ mod layout;
 mod manifest;
 mod needs;
 mod process;
+mod qemu;
 mod setup;
 mod sources;
 mod steps;

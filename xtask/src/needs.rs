@@ -1,12 +1,14 @@
 //! What the machine must have: each Debian package, the sign by which its presence is seen, and why it is needed.
 //!
 //! Presence is judged by files, never by asking the package system: that takes a millisecond instead of a second,
-//! and tools that were put there by other means (or on another distribution) count as well.
+//! and tools that were put there by other means (or on another distribution) count as well. QEMU alone is started and
+//! asked for its version, see [`crate::qemu`].
 
 use std::fs;
 use std::path::Path;
 
 use crate::process::find_program;
+use crate::qemu;
 
 pub struct Need {
     pub package: &'static str,
@@ -20,6 +22,8 @@ enum Sign {
     StaticProgram(&'static str),
     /// One of these files.
     File(&'static [&'static str]),
+    /// A QEMU that the laboratory can use.
+    Qemu,
 }
 
 /// The two packages that must be of one version, see [`crate::apt`].
@@ -33,8 +37,8 @@ const fn need(package: &'static str, sign: Sign, why: &'static str) -> Need {
 static NEEDS: &[Need] = &[
     need(
         QEMU_SYSTEM,
-        Sign::Program("qemu-system-x86_64"),
-        "runs the machines that are moved",
+        Sign::Qemu,
+        "runs the machines that are moved; 8.0 or newer",
     ),
     need(
         QEMU_UTILS,
@@ -108,6 +112,7 @@ impl Need {
         match self.sign {
             Sign::Program(name) => find_program(name).is_some(),
             Sign::StaticProgram(name) => find_program(name).is_some_and(|file| is_static(&file)),
+            Sign::Qemu => qemu::will_do(qemu::installed()),
             Sign::File(files) => files.iter().any(|file| Path::new(file).exists()),
         }
     }
