@@ -177,7 +177,7 @@ pub enum PeerError {
 
     // Knowing each other.
     #[error(
-        "the peer at {addr} presented key {presented}, but host '{name}' is trusted with key {expected}: either '{name}' was given a new key, or another host answers at its address. Compare with what `whimbrel host key` says there before trusting it"
+        "the peer at {addr} presented key {presented}, but host '{name}' is trusted with key {expected}: either '{name}' was given a new key, or another host answers at its address. Compare with what `whimbrel host show` says there before trusting it"
     )]
     WrongKey {
         addr: SocketAddr,
