@@ -51,7 +51,7 @@ pub fn play(
     empty.set_len(size).map_err(io(&image_b))?;
 
     let mut source = Machine::start(lab, Host::A, &guest, &folder.join("a"), image_a, false)?;
-    screen.while_doing("booting", || guest.wait_for_report(BOOT_WITHIN))?;
+    screen.while_doing("booting", || guest.wait_until_at_work(BOOT_WITHIN))?;
     let mut target = Machine::start(lab, Host::B, &guest, &folder.join("b"), image_b, true)?;
     let echo = guest.echo(lab)?;
     screen.say("measuring the undisturbed guest");

@@ -12,6 +12,9 @@ use whimbrel_lab::pair::{GuestSpec, Verdict};
 
 const UNIT: u64 = 4096;
 
+/// Units of a space that has a line of its own.
+const LARGE: u64 = 256;
+
 /// Under what conditions.
 #[derive(Clone, Debug, Serialize)]
 pub struct Setting {
@@ -192,7 +195,8 @@ impl Figures {
                 mib(self.sent.control)
             ),
         );
-        for space in self.spaces.iter().filter(|s| s.units_live > 0) {
+        // QEMU's tables and firmware are spaces as well, of some KiB each.
+        for space in self.spaces.iter().filter(|s| s.units_live >= LARGE) {
             let kind = match space.kind {
                 SpaceKind::Disk => "disk",
                 SpaceKind::Ram => "RAM",

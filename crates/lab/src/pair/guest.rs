@@ -12,7 +12,8 @@ use crate::probe::{EchoProber, EchoSpec, LineCollector};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use whimbrel_workload::params::Cidr;
+use whimbrel_workload::params::{Cidr, Pace};
+use whimbrel_workload::report::Totals;
 
 /// How long the guest's answer to `poweroff` may take: it checks all of its pages first, and after a move
 /// under load that is slow without KVM.
@@ -216,6 +217,35 @@ impl Guest {
         }
     }
 
+    /// Waits until every workload that is to do something has done something.
+    pub fn wait_until_at_work(&mut self, within: Duration) -> Result<(), PairError> {
+        let deadline = Instant::now() + within;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.wait_for_report(left)?;
+            let idle = self
+                .reports
+                .last()
+                .is_none_or(|(_, report)| self.idle(&report.totals).is_some());
+            if !idle {
+                return Ok(());
+            }
+        }
+    }
+
+    /// A workload that should have done something by now and has not.
+    fn idle(&self, totals: &Totals) -> Option<&'static str> {
+        let params = &self.spec.params;
+        let workloads = [
+            ("RAM", totals.ram_pages, params.ram.pace),
+            ("log", totals.log_records, params.log.pace),
+            ("random", totals.random_writes, params.random.pace),
+            ("read", totals.read_bytes, params.read.pace),
+        ];
+        let idle = |(_, done, pace): &&(&str, u64, Pace)| *done == 0 && *pace != Pace::Off;
+        Some(workloads.iter().find(idle)?.0)
+    }
+
     /// Its reports so far, oldest first; see [`listen`](Self::listen).
     pub fn reports(&self) -> &[(Instant, Report)] {
         &self.reports
@@ -273,17 +303,8 @@ impl Guest {
         if !outcome.unmounted {
             problems.push("the guest could not unmount its disk".to_owned());
         }
-        let totals = outcome.totals;
-        let worked = [
-            ("RAM", totals.ram_pages, self.spec.params.ram.pace),
-            ("log", totals.log_records, self.spec.params.log.pace),
-            ("random", totals.random_writes, self.spec.params.random.pace),
-            ("read", totals.read_bytes, self.spec.params.read.pace),
-        ];
-        for (name, done, pace) in worked {
-            if done == 0 && pace != whimbrel_workload::params::Pace::Off {
-                problems.push(format!("the guest's {name} workload did nothing"));
-            }
+        if let Some(workload) = self.idle(&outcome.totals) {
+            problems.push(format!("the guest's {workload} workload did nothing"));
         }
         if disk.journal_replayed {
             problems.push("the guest shut down but its disk's journal was not clean".to_owned());

@@ -33,7 +33,7 @@ use answers::MachineView;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long a guest without KVM may take from its start to its first report.
+/// How long a guest without KVM may take from its start until its workloads are at work.
 const BOOT_WITHIN: Duration = Duration::from_secs(120);
 
 /// How long QEMU may take to end after its guest has shut down.
@@ -140,11 +140,11 @@ impl Pair {
         Ok(())
     }
 
-    /// Starts the guest's machine and waits for its workloads' first report; how long that took.
+    /// Starts the guest's machine and waits until its workloads are at work; how long that took.
     pub fn boot(&self, host: Host, guest: &mut Guest) -> Result<Duration, PairError> {
         let began = Instant::now();
         self.on(host).run(&["machine", "start", guest.name()])?;
-        let seen = guest.wait_for_report(BOOT_WITHIN);
+        let seen = guest.wait_until_at_work(BOOT_WITHIN);
         if seen.is_err() {
             let console = self.site(host).machine_file(guest.name(), "serial.log");
             return Err(PairError::NoGuest {
