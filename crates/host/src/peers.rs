@@ -5,10 +5,16 @@ use whimbrel_peer::dial::{DialSettings, dial_peer};
 use whimbrel_peer::error::PeerError;
 use whimbrel_peer::hello::{Class, Hello, SessionId, Speaker, VersionRange};
 use whimbrel_peer::identity::Identity;
+use whimbrel_peer::socket::SocketSettings;
 use whimbrel_peer::trust::{PeerName, TrustStore};
 
 /// The versions of the peer protocol this build speaks.
 pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
+
+/// Bytes that may lie unsent in the kernel. Few on the control connection, so that a demand it has no
+/// window for is taken by a push connection instead; and on those not more than a demand may wait behind.
+const CONTROL_UNSENT: u32 = 8 << 10;
+const PUSH_UNSENT: u32 = 64 << 10;
 
 /// What this host says of itself.
 pub fn speaker(host: &str) -> Speaker {
@@ -44,7 +50,14 @@ impl Dialler {
             host,
             peer,
             session,
-            settings: DialSettings::default(),
+            settings: DialSettings {
+                sockets: SocketSettings {
+                    control_unsent: CONTROL_UNSENT,
+                    push_unsent: PUSH_UNSENT,
+                    ..SocketSettings::default()
+                },
+                ..DialSettings::default()
+            },
         }
     }
 

@@ -193,7 +193,7 @@ pub enum Message {
         units: u64,
         /// Packed bitmap of the units that count.
         packed: Vec<u8>,
-        digest: [u8; 32],
+        digest: u128,
     },
     DigestAnswer {
         space: SpaceId,

@@ -26,6 +26,9 @@ use crate::disk::Wants;
 /// Events that wait for the driver; the control connection is not read meanwhile.
 const EVENTS: usize = 256;
 
+/// Demanded frames that are being stored at once; more wait in the connection.
+const STORING: usize = 64;
+
 /// Connections of a session that wait to be taken up; more are turned away.
 const DOORSTEP: usize = 8;
 
@@ -260,17 +263,27 @@ async fn control_in(
     pongs: mpsc::Sender<bytes::Bytes>,
     life: Life,
 ) -> Result<(), LaneError> {
-    // Demanded units are stored one after the other: they are small, and QEMU or a guest waits for each.
+    // Side by side: a page that QEMU waits for must not wait for a disk that is busy with a flush.
+    let mut storing: JoinSet<Result<(), LaneError>> = JoinSet::new();
     loop {
+        while let Some(stored) = storing.try_join_next() {
+            ended(stored)?;
+        }
+        if storing.len() == STORING
+            && let Some(stored) = storing.join_next().await
+        {
+            ended(stored)?;
+        }
         match hear(&mut receiver, &life.pulse).await? {
             Heard::Ping(payload) => {
                 // Full only if the peer pings faster than it reads answers.
                 let _ = pongs.try_send(payload);
             }
-            Heard::Pong => {}
+            Heard::Pong(_) => {}
             Heard::Units(units) => {
                 tracing::trace!(space = units.space.0, runs = ?units.runs, "demanded units");
-                life.arrivals.take(units).await?;
+                let arrivals = life.arrivals.clone();
+                storing.spawn(async move { Ok(arrivals.take(units).await?) });
             }
             Heard::Message(Message::Empty {
                 space,
@@ -294,12 +307,17 @@ async fn control_in(
     }
 }
 
+/// The result of a task that stores; one that was cancelled belongs to a life that is over.
+fn ended(stored: Result<Result<(), LaneError>, tokio::task::JoinError>) -> Result<(), LaneError> {
+    stored.unwrap_or(Err(LaneError::Closed))
+}
+
 /// Stores one frame after the other: a page that is pre-copied twice must end as the second copy.
 async fn push_in(mut receiver: FrameReceiver, life: Life) -> Result<(), LaneError> {
     loop {
         match hear(&mut receiver, &life.pulse).await? {
             Heard::Units(units) => life.arrivals.take(units).await?,
-            Heard::Ping(_) | Heard::Pong => {}
+            Heard::Ping(_) | Heard::Pong(_) => {}
             Heard::Message(_) => {
                 return Err(LaneError::OutOfPlace {
                     said: "a message on a push connection",

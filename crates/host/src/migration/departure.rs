@@ -25,6 +25,7 @@ use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap}
 use whimbrel_wire::units::{Encoding, Units};
 
 use super::flow::{Answer, Content, Flow};
+use super::governor::Governor;
 use super::lane::{
     Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, send_units, until_first_ends,
 };
@@ -73,6 +74,7 @@ impl Departure {
             stop: CancellationToken::new(),
         };
         let life = Life {
+            governor: Arc::new(Governor::under(&gear.pace)),
             gear,
             mouth: departure.mouth.clone(),
             pulse: departure.pulse.clone(),
@@ -92,6 +94,7 @@ impl Departure {
             stop: CancellationToken::new(),
         };
         let life = Life {
+            governor: Arc::new(Governor::under(&gear.pace)),
             gear,
             mouth: departure.mouth.clone(),
             pulse: departure.pulse.clone(),
@@ -114,6 +117,7 @@ struct Life {
     mouth: Mouth,
     pulse: Arc<Pulse>,
     events: mpsc::Sender<LinkEvent>,
+    governor: Arc<Governor>,
 }
 
 async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken) {
@@ -198,6 +202,7 @@ async fn control_out(
 ) -> Result<(), LaneError> {
     let flow = life.gear.flow.clone();
     let mut ping = tokio::time::interval(PING_EVERY);
+    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let ready = *told.borrow_and_update();
         tokio::select! {
@@ -231,7 +236,7 @@ async fn answer_demand(
     let flow = &life.gear.flow;
     let (units, count) = content_of(answer, CopyClass::Demand, flow).await?;
     let space = units.space;
-    life.gear.pace.charge(units.body.len() as u64);
+    life.governor.pace().charge(units.body.len() as u64);
     let bytes = send_units(sender, units).await?;
     flow.count(space, CopyClass::Demand, count, bytes);
     Ok(())
@@ -277,13 +282,16 @@ async fn push_out(
         }
         flow.opened().await;
         loop {
-            let answer = flow.next_push().await;
-            let (units, count) = content_of(answer, CopyClass::Push, &flow).await?;
+            let (class, answer) = flow.next_push(|| life.governor.frame_units()).await;
+            let (units, count) = content_of(answer, class, &flow).await?;
             let announced = (HEADER_LEN + units.body.len()) as u64;
-            life.gear.pace.acquire(announced).await;
+            match class {
+                CopyClass::Push => life.governor.pace().acquire(announced).await,
+                CopyClass::Demand => life.governor.pace().charge(announced),
+            }
             let space = units.space;
             let bytes = send_units(&mut sender, units).await?;
-            flow.count(space, CopyClass::Push, count, bytes);
+            flow.count(space, class, count, bytes);
         }
     };
     // Nothing is said on the way back; reading is how a broken connection is noticed at once.
@@ -343,7 +351,8 @@ async fn control_in(
                 // Full only if the peer pings faster than it reads answers.
                 let _ = pongs.try_send(payload);
             }
-            Heard::Pong => {}
+            Heard::Pong(Some(rtt)) => life.governor.pong(rtt, PING_EVERY),
+            Heard::Pong(None) => {}
             Heard::Units(_) => return Err(LaneError::OutOfPlace { said: "units" }),
             Heard::Message(Message::Demand { space, runs }) => flow.demand(space, &runs),
             Heard::Message(Message::Forget { space, runs }) => flow.forget(space, &runs),

@@ -5,15 +5,17 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use tokio::sync::{Notify, watch};
-use whimbrel_engine::outflow::{Batch, Class, Outflow, Tally};
+use whimbrel_engine::outflow::{Batch, Class as CopyClass, Outflow, Tally};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
 use whimbrel_qemu::store::RamStore;
 use whimbrel_volume::raw::RawFile;
-use whimbrel_wire::units::{Encoding, MAX_UNITS, MAX_ZERO_UNITS, Units};
+use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
-/// Units of one demanded frame: small, so that several demands take turns.
-const DEMAND_UNITS: u64 = 16;
+/// Units of one demanded frame: small, so that several demands take turns, and that a large one is shared
+/// between the control connection, whose congestion window is small because it mostly idles, and the push
+/// connections, whose window is open.
+const DEMAND_UNITS: u64 = 4;
 
 /// Most answers "that is zero" that wait to be said; the destination demands again what it misses after
 /// a reconnect, so dropping the oldest loses nothing but time.
@@ -148,6 +150,7 @@ impl Flow {
             }
         }
         drop(inner);
+        // Both: whichever connection has room first takes it.
         self.demanded.notify_one();
         self.pushable.notify_one();
     }
@@ -185,33 +188,29 @@ impl Flow {
     /// The next demanded units, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {
-            {
-                let mut inner = self.inner();
-                if let Some((space, run)) = inner.zero_answers.pop_front() {
-                    inner.frames += 1;
-                    return Answer::Zero(space, run);
-                }
-                if let Some(batch) = inner.out.next_demand(DEMAND_UNITS) {
-                    inner.frames += 1;
-                    return Answer::Batch(batch);
-                }
+            if let Some(answer) = take_demand(&mut self.inner()) {
+                return answer;
             }
             self.demanded.notified().await;
         }
     }
 
-    /// The next units to push, when there are any: waits.
-    pub async fn next_push(&self) -> Answer {
+    /// The next units for a push connection: what is demanded and not yet on its way, else what is to be
+    /// pushed, `most` at a time. Waits.
+    pub async fn next_push(&self, most: impl Fn() -> u64) -> (CopyClass, Answer) {
         loop {
             {
                 let mut inner = self.inner();
+                if let Some(answer) = take_demand(&mut inner) {
+                    return (CopyClass::Demand, answer);
+                }
                 if let Some((space, run)) = inner.zero_pushes.pop_front() {
                     inner.frames += 1;
-                    return Answer::Zero(space, run);
+                    return (CopyClass::Push, Answer::Zero(space, run));
                 }
-                if let Some(batch) = inner.out.next_push(MAX_UNITS) {
+                if let Some(batch) = inner.out.next_push(most()) {
                     inner.frames += 1;
-                    return Answer::Batch(batch);
+                    return (CopyClass::Push, Answer::Batch(batch));
                 }
             }
             self.pushable.notified().await;
@@ -253,13 +252,13 @@ impl Flow {
     }
 
     /// What a batch cost.
-    pub fn count(&self, space: SpaceId, class: Class, units: u64, bytes: u64) {
+    pub fn count(&self, space: SpaceId, class: CopyClass, units: u64, bytes: u64) {
         let mut inner = self.inner();
         let sent = &mut inner.sent[usize::from(space.0)];
         sent.units += units;
         match class {
-            Class::Demand => sent.demand_bytes += bytes,
-            Class::Push => sent.push_bytes += bytes,
+            CopyClass::Demand => sent.demand_bytes += bytes,
+            CopyClass::Push => sent.push_bytes += bytes,
         }
     }
 
@@ -277,9 +276,19 @@ impl Flow {
             Content::Ram { store, block } => {
                 whole.reserve((batch.units() * UNIT) as usize);
                 for run in &batch.runs {
-                    store
-                        .read(block, run.start, run.len, &mut whole)
-                        .map_err(|source| FlowError::Ram { space, source })?;
+                    let before = whole.len();
+                    loop {
+                        match store.read(block, run.start, run.len, &mut whole) {
+                            Ok(()) => break,
+                            // The guest was stopped after the batch was taken (pre-copy): QEMU sends
+                            // these pages once more, within milliseconds, and only those count.
+                            Err(whimbrel_qemu::Error::NotCurrent { .. }) => {
+                                whole.truncate(before);
+                                store.wait_current(block, *run).await;
+                            }
+                            Err(source) => return Err(FlowError::Ram { space, source }),
+                        }
+                    }
                 }
             }
             Content::Disk(file) => {
@@ -321,6 +330,15 @@ impl Flow {
             }
         });
     }
+}
+
+fn take_demand(inner: &mut Inner) -> Option<Answer> {
+    let answer = match inner.zero_answers.pop_front() {
+        Some((space, run)) => Answer::Zero(space, run),
+        None => Answer::Batch(inner.out.next_demand(DEMAND_UNITS)?),
+    };
+    inner.frames += 1;
+    Some(answer)
 }
 
 /// What a demand is answered with.

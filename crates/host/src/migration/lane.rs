@@ -16,8 +16,8 @@ use whimbrel_wire::units::{Units, UnitsError};
 /// Messages that wait to be said. Who says more waits.
 const OUTBOX: usize = 256;
 
-/// How often the link is timed.
-pub const PING_EVERY: Duration = Duration::from_millis(250);
+/// How often the link is timed: often enough to steer by.
+pub const PING_EVERY: Duration = Duration::from_millis(50);
 
 /// Silence after which the link is called down for a person and for policy. The connection is kept: an
 /// outage alone does not break it.
@@ -124,8 +124,9 @@ impl Pulse {
         Bytes::copy_from_slice(&self.inner().rtt.ping(Instant::now()))
     }
 
-    pub fn pong(&self, payload: &[u8]) {
-        self.inner().rtt.pong(payload, Instant::now());
+    /// The round trip, if the pong answers a ping of this connection.
+    pub fn pong(&self, payload: &[u8]) -> Option<Duration> {
+        self.inner().rtt.pong(payload, Instant::now())
     }
 
     /// The smallest round trip seen: the link's own, without queues.
@@ -149,7 +150,8 @@ pub enum Heard {
     Message(Message),
     Units(Units),
     Ping(Bytes),
-    Pong,
+    /// The answer to a ping of ours, and after what time if the ping was still waited for.
+    Pong(Option<Duration>),
 }
 
 /// The next frame, decoded. Pongs have been noted.
@@ -161,8 +163,8 @@ pub async fn hear(receiver: &mut FrameReceiver, pulse: &Pulse) -> Result<Heard, 
         Kind::Units => Ok(Heard::Units(Units::decode(frame.payload)?)),
         Kind::Ping => Ok(Heard::Ping(frame.payload)),
         Kind::Pong => {
-            pulse.pong(&frame.payload);
-            Ok(Heard::Pong)
+            let rtt = pulse.pong(&frame.payload);
+            Ok(Heard::Pong(rtt))
         }
         Kind::Hello => Err(LaneError::OutOfPlace {
             said: "a greeting in mid-session",

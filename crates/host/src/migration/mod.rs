@@ -17,6 +17,7 @@ pub mod arrivals;
 pub mod board;
 pub mod departure;
 pub mod flow;
+mod governor;
 pub mod incoming;
 pub mod landing;
 mod lane;

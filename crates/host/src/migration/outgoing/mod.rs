@@ -378,7 +378,8 @@ impl Outgoing {
                         PATIENCE_BEFORE_GRANT.as_secs()
                     ),
                 );
-            } else if self.over.is_some() && since.elapsed() > PATIENCE_BEFORE_GRANT {
+            } else if self.switch.cancel_is_unanswered() && since.elapsed() > PATIENCE_BEFORE_GRANT
+            {
                 // It cleans up by itself when it asks, or when its daemon restarts.
                 self.setup
                     .board
