@@ -133,7 +133,11 @@ pub fn columns(ours: &Figures, theirs: &Theirs) -> String {
         share(&theirs.rates_during, &theirs.rates_before),
     );
     let words = |sound: bool| if sound { "yes" } else { "no" }.to_owned();
-    row("checked", words(ours.verified), words(theirs.verified));
+    let checked = match theirs.finished {
+        true => words(theirs.verified),
+        false => "-".to_owned(),
+    };
+    row("checked", words(ours.verified), checked);
     if let Some(stood) = &theirs.stood_at {
         lines.push(format!("  QEMU alone stood at: {stood}"));
     }
