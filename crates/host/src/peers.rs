@@ -11,9 +11,8 @@ use whimbrel_peer::trust::{PeerName, TrustStore};
 /// The versions of the peer protocol this build speaks.
 pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
 
-/// Bytes that may lie unsent in the kernel. Few on the control connection, so that a demand it has no
-/// window for is taken by a push connection instead; and on those not more than a demand may wait behind.
-const CONTROL_UNSENT: u32 = 8 << 10;
+/// Bytes that may lie unsent in the kernel on a push connection: a demand waits behind no more. Enough to
+/// keep a fast link busy until this process is scheduled again.
 const PUSH_UNSENT: u32 = 64 << 10;
 
 /// What this host says of itself.
@@ -52,7 +51,6 @@ impl Dialler {
             session,
             settings: DialSettings {
                 sockets: SocketSettings {
-                    control_unsent: CONTROL_UNSENT,
                     push_unsent: PUSH_UNSENT,
                     ..SocketSettings::default()
                 },

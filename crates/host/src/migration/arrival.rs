@@ -26,7 +26,7 @@ use crate::disk::Wants;
 /// Events that wait for the driver; the control connection is not read meanwhile.
 const EVENTS: usize = 256;
 
-/// Demanded frames that are being stored at once; more wait in the connection.
+/// Frames of one connection that are being stored at once; more wait in the connection.
 const STORING: usize = 64;
 
 /// Connections of a session that wait to be taken up; more are turned away.
@@ -263,27 +263,17 @@ async fn control_in(
     pongs: mpsc::Sender<bytes::Bytes>,
     life: Life,
 ) -> Result<(), LaneError> {
-    // Side by side: a page that QEMU waits for must not wait for a disk that is busy with a flush.
-    let mut storing: JoinSet<Result<(), LaneError>> = JoinSet::new();
     loop {
-        while let Some(stored) = storing.try_join_next() {
-            ended(stored)?;
-        }
-        if storing.len() == STORING
-            && let Some(stored) = storing.join_next().await
-        {
-            ended(stored)?;
-        }
         match hear(&mut receiver, &life.pulse).await? {
             Heard::Ping(payload) => {
                 // Full only if the peer pings faster than it reads answers.
                 let _ = pongs.try_send(payload);
             }
             Heard::Pong(_) => {}
-            Heard::Units(units) => {
-                tracing::trace!(space = units.space.0, runs = ?units.runs, "demanded units");
-                let arrivals = life.arrivals.clone();
-                storing.spawn(async move { Ok(arrivals.take(units).await?) });
+            Heard::Units(_) => {
+                return Err(LaneError::OutOfPlace {
+                    said: "units on the control connection",
+                });
             }
             Heard::Message(Message::Empty {
                 space,
@@ -312,11 +302,27 @@ fn ended(stored: Result<Result<(), LaneError>, tokio::task::JoinError>) -> Resul
     stored.unwrap_or(Err(LaneError::Closed))
 }
 
-/// Stores one frame after the other: a page that is pre-copied twice must end as the second copy.
+/// Stores frames side by side: a page that QEMU waits for must not wait for a disk that is busy with a flush.
+/// Only RAM that is pre-copied is stored in order: a page that comes twice must end as the second copy.
 async fn push_in(mut receiver: FrameReceiver, life: Life) -> Result<(), LaneError> {
+    let mut storing: JoinSet<Result<(), LaneError>> = JoinSet::new();
     loop {
+        while let Some(stored) = storing.try_join_next() {
+            ended(stored)?;
+        }
+        if storing.len() == STORING
+            && let Some(stored) = storing.join_next().await
+        {
+            ended(stored)?;
+        }
         match hear(&mut receiver, &life.pulse).await? {
-            Heard::Units(units) => life.arrivals.take(units).await?,
+            Heard::Units(units) if life.arrivals.keeps_order(units.space) => {
+                life.arrivals.take(units).await?;
+            }
+            Heard::Units(units) => {
+                let arrivals = life.arrivals.clone();
+                storing.spawn(async move { Ok(arrivals.take(units).await?) });
+            }
             Heard::Ping(_) | Heard::Pong(_) => {}
             Heard::Message(_) => {
                 return Err(LaneError::OutOfPlace {

@@ -247,6 +247,13 @@ impl Arrivals {
         self.ram_gate.send_replace(true);
     }
 
+    /// Whether frames of this space must be stored in the order in which they came.
+    pub fn keeps_order(&self, space: SpaceId) -> bool {
+        self.ram().is_some_and(|ram| {
+            matches!(ram.sink, RamSink::Precopy(_)) && ram.block_of(space).is_some()
+        })
+    }
+
     /// A life of the session begins: no frame of it was stored yet.
     pub fn begin_life(&self) {
         self.frames.send_replace(0);

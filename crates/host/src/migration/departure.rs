@@ -167,7 +167,7 @@ async fn live(connection: Connection, life: &Life, stop: &CancellationToken) -> 
     life.pulse.up();
     tasks.spawn(guard(
         end.clone(),
-        control_out(sender, outbox, pong_queue, life.clone(), told.subscribe()),
+        control_out(sender, outbox, pong_queue, life.clone()),
     ));
     tasks.spawn(guard(
         end.clone(),
@@ -192,19 +192,18 @@ async fn guard(
     }
 }
 
-/// Messages first, then demands; pings when it is time.
+/// Messages, and pings when it is time. Content never goes here: this connection mostly idles, so its
+/// congestion window is small, and a demand of more than a few pages would take several round trips. The
+/// push connections' windows are open, and on them demands go first.
 async fn control_out(
     mut sender: FrameSender,
     mut outbox: mpsc::Receiver<Message>,
     mut pongs: mpsc::Receiver<bytes::Bytes>,
     life: Life,
-    mut told: watch::Receiver<bool>,
 ) -> Result<(), LaneError> {
-    let flow = life.gear.flow.clone();
     let mut ping = tokio::time::interval(PING_EVERY);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let ready = *told.borrow_and_update();
         tokio::select! {
             biased;
             message = outbox.recv() => match message {
@@ -215,14 +214,6 @@ async fn control_out(
             _ = ping.tick() => {
                 let payload = life.pulse.ping();
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
-            }
-            answer = async { flow.opened().await; flow.next_demand().await }, if ready => {
-                answer_demand(&mut sender, answer, &life).await?;
-            }
-            changed = told.changed(), if !ready => {
-                if changed.is_err() {
-                    return Err(LaneError::Closed);
-                }
             }
         }
     }
@@ -283,11 +274,21 @@ async fn push_out(
         flow.opened().await;
         loop {
             let (class, answer) = flow.next_push(|| life.governor.frame_units()).await;
+            if class == CopyClass::Demand {
+                answer_demand(&mut sender, answer, &life).await?;
+                continue;
+            }
             let (units, count) = content_of(answer, class, &flow).await?;
             let announced = (HEADER_LEN + units.body.len()) as u64;
-            match class {
-                CopyClass::Push => life.governor.pace().acquire(announced).await,
-                CopyClass::Demand => life.governor.pace().charge(announced),
+            let turn = life.governor.pace().acquire(announced);
+            tokio::pin!(turn);
+            loop {
+                // Whoever waits at the destination does not wait for a push to be allowed.
+                tokio::select! {
+                    biased;
+                    answer = flow.next_demand() => answer_demand(&mut sender, answer, &life).await?,
+                    () = &mut turn => break,
+                }
             }
             let space = units.space;
             let bytes = send_units(&mut sender, units).await?;

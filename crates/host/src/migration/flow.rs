@@ -12,10 +12,8 @@ use whimbrel_qemu::store::RamStore;
 use whimbrel_volume::raw::RawFile;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
-/// Units of one demanded frame: small, so that several demands take turns, and that a large one is shared
-/// between the control connection, whose congestion window is small because it mostly idles, and the push
-/// connections, whose window is open.
-const DEMAND_UNITS: u64 = 4;
+/// Units of one demanded frame: small, so that several demands take turns.
+const DEMAND_UNITS: u64 = 8;
 
 /// Most answers "that is zero" that wait to be said; the destination demands again what it misses after
 /// a reconnect, so dropping the oldest loses nothing but time.
