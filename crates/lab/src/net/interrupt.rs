@@ -74,6 +74,8 @@ fn clean_up() {
     if let Err(error) = sweep::remove(&names) {
         tracing::warn!(%error, "namespaces left behind; the next lab removes them");
     }
+    // Last, when nobody writes there any more: the QEMUs have ended with their namespaces.
+    crate::pair::folder::remove_all_for_exit();
     // No lab may be made between here and the end.
     std::mem::forget(alive);
 }

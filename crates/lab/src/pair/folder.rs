@@ -1,13 +1,13 @@
 //! The folder of everything a pair of hosts writes.
 //!
 //! It lies in `/tmp` under a short name, because the daemons' sockets lie deep in it and a unix socket's
-//! path has 107 bytes at most. An interrupt leaves it behind (only network and processes are ended then),
-//! and it can hold gigabytes: so its name says whose it is, and whoever makes one removes those whose
-//! owner is gone.
+//! path has 107 bytes at most. It can hold gigabytes, so an interrupt removes it too; and its name says
+//! whose it is, so that whoever makes one removes those whose owner was killed.
 
 use super::PairError;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const PARENT: &str = "/tmp";
 
@@ -16,6 +16,24 @@ const PREFIX: &str = "wl";
 
 /// Written into a folder that is to stay.
 const KEPT: &str = "kept";
+
+/// Folders of this process that are to go when it is interrupted. Bounded by the pairs alive.
+static ALIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn alive() -> MutexGuard<'static, Vec<PathBuf>> {
+    // A list of paths: whoever panicked holding it left it whole.
+    ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes every folder that is not to be kept, for the way out on an interrupt. Whoever writes there
+/// must have been ended. Keeps the lock, so that none is made after.
+pub(crate) fn remove_all_for_exit() {
+    let alive = alive();
+    for path in alive.iter() {
+        let _ = std::fs::remove_dir_all(path);
+    }
+    std::mem::forget(alive);
+}
 
 /// Removed when dropped, unless kept.
 #[derive(Debug)]
@@ -31,7 +49,9 @@ impl Folder {
         let number = COUNT.fetch_add(1, Relaxed);
         let name = format!("{PREFIX}{}.{number}", std::process::id());
         let path = Path::new(PARENT).join(name);
+        let mut alive = alive();
         std::fs::create_dir(&path).map_err(PairError::io("create", &path))?;
+        alive.push(path.clone());
         Ok(Folder { path, keep: false })
     }
 
@@ -41,6 +61,7 @@ impl Folder {
 
     pub fn keep(&mut self) {
         self.keep = true;
+        alive().retain(|path| *path != self.path);
         // Without the mark the next run would remove it.
         if let Err(error) = std::fs::write(self.path.join(KEPT), "") {
             tracing::warn!(%error, "the folder will not be kept beyond the next run");
@@ -55,6 +76,7 @@ impl Drop for Folder {
         {
             tracing::warn!(%error, path = %self.path.display(), "a folder is left behind");
         }
+        alive().retain(|path| *path != self.path);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::PairError;
 use super::answers::{MigrationState, MigrationView};
-use super::command::{Refusal, reader};
+use super::command::{Refusal, bind_to_this_thread, reader};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -45,7 +45,8 @@ impl Ended {
     }
 }
 
-/// A running `migrate` or `watch`. Dropping it ends the command, not the migration.
+/// A running `migrate` or `watch`, to be started on a thread that lives as long. Dropping it ends the
+/// command, not the migration.
 #[derive(Debug)]
 pub struct Follow {
     command: String,
@@ -57,6 +58,7 @@ pub struct Follow {
 
 impl Follow {
     pub(super) fn start(mut command: Command, shown: String) -> Result<Follow, PairError> {
+        bind_to_this_thread(&mut command);
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

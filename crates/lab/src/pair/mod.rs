@@ -14,7 +14,7 @@
 pub mod answers;
 mod command;
 mod error;
-mod folder;
+pub(crate) mod folder;
 mod follow;
 mod guest;
 pub mod journey;
