@@ -76,15 +76,20 @@ impl TryFrom<String> for VolumeUuid {
     type Error = NotAUuid;
 
     fn try_from(text: String) -> Result<Self, NotAUuid> {
-        let digits: Vec<u8> = text
+        // Each byte must be what its place asks for: a dash at four places, a digit at all others.
+        let digits: Option<Vec<u8>> = text
             .bytes()
             .enumerate()
-            .filter(|(i, b)| !(*b == b'-' && matches!(i, 8 | 13 | 18 | 23)))
-            .filter_map(|(_, b)| (b as char).to_digit(16).map(|d| d as u8))
+            .filter_map(|(i, byte)| match (matches!(i, 8 | 13 | 18 | 23), byte) {
+                (true, b'-') => None,
+                (true, _) => Some(None),
+                (false, byte) => Some((byte as char).to_digit(16).map(|digit| digit as u8)),
+            })
             .collect();
+        let digits = digits.unwrap_or_default();
         let bytes: Vec<u8> = digits.chunks_exact(2).map(|d| d[0] << 4 | d[1]).collect();
         match <[u8; 16]>::try_from(bytes) {
-            Ok(bytes) if text.len() == 36 && digits.len() == 32 => Ok(VolumeUuid(bytes)),
+            Ok(bytes) if text.len() == 36 => Ok(VolumeUuid(bytes)),
             _ => Err(NotAUuid { text }),
         }
     }
@@ -171,6 +176,18 @@ mod tests {
                 prop_assert_eq!(uuid.to_string(), text);
             }
         }
+    }
+
+    #[test]
+    fn dashes_stand_where_they_belong() {
+        for text in [
+            "0aaaa000a00aaa0a00aa0-a00aaa-a-aaa-0",
+            "0aaaa000-a00a-aa0a-00aa-0a00aaaaaaa",
+            "0aaaa000-a00a-aa0a-00aa-0a00aaaaaa-0",
+        ] {
+            assert!(VolumeUuid::try_from(text.to_string()).is_err(), "{text}");
+        }
+        assert!(VolumeUuid::try_from("0aaaa000-a00a-aa0a-00aa-0a00aaaaaaa0".to_string()).is_ok());
     }
 
     #[test]
