@@ -117,6 +117,23 @@ fn source_daemon_killed_before_the_grant() {
 }
 
 #[test]
+fn both_daemons_killed_before_the_grant() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    source_daemon_dies(&mut scene, &mut guest);
+    scene.site_mut(Host::B).kill9().expect("killed");
+    scene.site_mut(Host::B).start().expect("up again");
+    scene.is_clean(Host::B);
+    // The source's QEMU has been through half a hand-over; the next one works all the same.
+    scene.moves(Host::A, &[]);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
 #[ignore = "waits out the 90 s after which a destination gives a silent source up"]
 fn a_destination_cleans_up_after_a_source_that_never_comes_back_to_it() {
     if !can_run() {

@@ -30,6 +30,9 @@ const OFF: [&str; 13] = [
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     capabilities: Vec<(String, bool)>,
+    /// Capabilities that are on now, switched on here or found so: a daemon that died in a hand-over
+    /// left them on.
+    on: Vec<String>,
     parameters: Map<String, Value>,
 }
 
@@ -44,6 +47,7 @@ impl Settings {
         let known = qmp.execute("query-migrate-capabilities", json!({})).await?;
         let mut before = Vec::new();
         let mut change = Vec::new();
+        let mut on_now = Vec::new();
         for entry in known.as_array().into_iter().flatten() {
             let (Some(name), Some(state)) =
                 (entry["capability"].as_str(), entry["state"].as_bool())
@@ -51,6 +55,9 @@ impl Settings {
                 continue;
             };
             let wanted = on.contains(&name) || (state && !OFF.contains(&name));
+            if wanted {
+                on_now.push(name.to_owned());
+            }
             if wanted != state {
                 before.push((name.to_owned(), state));
                 change.push(json!({"capability": name, "state": wanted}));
@@ -59,6 +66,7 @@ impl Settings {
         let current = qmp.execute("query-migrate-parameters", json!({})).await?;
         let mut settings = Settings {
             capabilities: Vec::new(),
+            on: on_now,
             parameters: Map::new(),
         };
         if !change.is_empty() {
@@ -108,10 +116,8 @@ impl Settings {
         Ok(())
     }
 
-    /// Whether the capability was switched on here.
-    pub(crate) fn switched_on(&self, capability: &str) -> bool {
-        self.capabilities
-            .iter()
-            .any(|(name, before)| name == capability && !before)
+    /// Whether the capability is on while these settings hold.
+    pub(crate) fn is_on(&self, capability: &str) -> bool {
+        self.on.iter().any(|name| name == capability)
     }
 }

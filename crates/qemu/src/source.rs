@@ -319,7 +319,7 @@ impl RamSource {
                 Ok(_) | Err(Error::Qmp { .. }) => {}
                 Err(error) => return Err(error),
             }
-            if self.settings.switched_on("switchover-ack")
+            if self.settings.is_on("switchover-ack")
                 && let Err(error) = self.shared.say(&ReturnMessage::SwitchoverAck)
             {
                 return Err(self.failure(error.to_string()).await);
