@@ -1,5 +1,6 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
+mod nbd;
 mod soak;
 
 use clap::Subcommand;
@@ -9,12 +10,19 @@ use std::process::ExitCode;
 pub enum Bench {
     /// Many moves under different links and loads; no error is allowed
     Soak(soak::SoakArgs),
+    /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
+    Nbd(nbd::NbdArgs),
+    /// Serve one file as `bench nbd` wants it served
+    #[command(hide = true)]
+    NbdExport(nbd::ExportArgs),
 }
 
 impl Bench {
     pub fn run(&self) -> ExitCode {
         match self {
             Bench::Soak(args) => soak::run(args),
+            Bench::Nbd(args) => nbd::run(args),
+            Bench::NbdExport(args) => nbd::export(args),
         }
     }
 }
