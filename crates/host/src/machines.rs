@@ -14,7 +14,8 @@ use crate::state::{
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_peer::trust::PeerName;
 use whimbrel_volume::VolumeError;
-use whimbrel_volume::raw::{Access, RawFile};
+use whimbrel_volume::backend::{Backend, Format};
+use whimbrel_volume::raw::Access;
 
 /// What is known of a machine now.
 pub struct Standing {
@@ -188,18 +189,22 @@ pub async fn open_disks(host: &Host, spec: &MachineSpec) -> Result<Vec<Arc<Disk>
     Ok(disks)
 }
 
-/// Opens a volume's data file.
-pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<RawFile>, OpenDiskError> {
+/// Opens a volume's data. A file is exactly as long as its record says; a device or an image may be larger.
+pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<Backend>, OpenDiskError> {
     let path = record.data_path(&host.state.volume_folder(&record.name));
-    let file = RawFile::open(&host.pool, path, Access::ReadWrite).await?;
-    if file.size() != record.size {
+    let data = Backend::open(&host.pool, path, record.format, Access::ReadWrite).await?;
+    let fits = match record.format {
+        Format::Raw => data.size() == record.size,
+        Format::Device | Format::Qcow2 => data.size() >= record.size,
+    };
+    if !fits {
         return Err(OpenDiskError::Size {
             volume: record.name.clone(),
-            found: file.size(),
+            found: data.size(),
             expected: record.size,
         });
     }
-    Ok(Arc::new(file))
+    Ok(Arc::new(data.narrowed(record.size)?))
 }
 
 /// All machines of this host, by name.

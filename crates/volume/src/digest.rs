@@ -13,8 +13,8 @@ use whimbrel_engine::space::{Extent, UNIT};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::VolumeError;
+use crate::backend::{Backend, OnPool, is_zero};
 use crate::pool::Lane;
-use crate::raw::{Blocking, RawFile};
 
 /// Units per job, 8 MiB: a digest keeps the slow lane from a flush for no longer than that takes.
 const JOB: u64 = 2048;
@@ -34,7 +34,7 @@ pub struct Digest {
 /// Digests the units of `extent` that are in `include`. If one of them is written meanwhile, its content
 /// before, after or in between is what counts.
 pub async fn digest(
-    volume: &RawFile,
+    volume: &Backend,
     extent: Extent,
     include: &UnitSet,
 ) -> Result<Digest, VolumeError> {
@@ -56,7 +56,7 @@ pub async fn digest(
     })
 }
 
-fn add(volume: &Blocking, size: u64, part: Extent, hasher: &mut Xxh3) -> Result<(), VolumeError> {
+fn add(volume: &OnPool, size: u64, part: Extent, hasher: &mut Xxh3) -> Result<(), VolumeError> {
     let end = (part.end() * UNIT).min(size);
     // Cannot be cut short by the bound on runs: there are fewer sectors than that.
     let mut data = UnitSet::empty(part.len);
@@ -98,25 +98,19 @@ fn zeroes(units: std::ops::Range<u64>, hasher: &mut Xxh3) {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
-    // In blocks, so that the compiler can use wide registers and a non-zero block still ends it early.
-    bytes
-        .chunks(128)
-        .all(|block| block.iter().fold(0, |all, b| all | b) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Format;
     use crate::pool::{Pool, PoolSize};
     use crate::raw::Zeroes;
     use bytes::Bytes;
 
     const SIZE: u64 = 20 * (1 << 20) + 700;
 
-    async fn volume(name: &str, dir: &tempfile::TempDir) -> RawFile {
+    async fn volume(name: &str, dir: &tempfile::TempDir) -> Backend {
         let pool = Pool::start(PoolSize::default()).unwrap();
-        RawFile::create(&pool, dir.path().join(name), SIZE)
+        Backend::create(&pool, dir.path().join(name), Format::Raw, SIZE)
             .await
             .unwrap()
     }

@@ -21,6 +21,7 @@ pub enum Operation {
     Rename,
     Remove,
     Lock,
+    Resize,
 }
 
 impl std::fmt::Display for Operation {
@@ -40,6 +41,7 @@ impl std::fmt::Display for Operation {
             Operation::Rename => "rename",
             Operation::Remove => "remove",
             Operation::Lock => "lock",
+            Operation::Resize => "resize",
         })
     }
 }
@@ -81,6 +83,27 @@ pub enum VolumeError {
     /// Zeroing was to be fast or not at all, and this file system would have to write zeroes.
     #[error("{} cannot be zeroed without writing zeroes", path.display())]
     NotFast { path: PathBuf },
+
+    /// Another volume, a file system or another program has it.
+    #[error("{} is in use by another volume, a file system or another program", path.display())]
+    InUse { path: PathBuf },
+
+    #[error("{} is not a block device", path.display())]
+    NotADevice { path: PathBuf },
+
+    #[error("{} has {found} bytes, {needed} are needed", path.display())]
+    TooSmall {
+        path: PathBuf,
+        found: u64,
+        needed: u64,
+    },
+
+    /// A qcow2 image that cannot be used, or not in this way.
+    #[error("{} cannot be used: {fault}", path.display())]
+    Image {
+        path: PathBuf,
+        fault: crate::backend::ImageFault,
+    },
 
     /// A sync failed before. The kernel then forgets the dirty pages it could not write and the
     /// *next* sync succeeds, so no later success may be believed until the file is opened afresh.

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`pool`] | the few threads on which blocking I/O runs, so that the async runtime never does |
 //! | [`raw`] | a raw sparse file (or block device) with an async face |
+//! | [`backend`] | what the content lies in: a raw file, a block device, a qcow2 image; one type for all |
 //! | [`journal`] | which units of a volume being filled are here, through any crash |
 //! | [`digest`] | what a volume's content adds up to, for verification |
 //! | [`heat`] | which parts of a volume are read and written, and how much |
 //!
 //! Every error of the crate is a [`VolumeError`].
 
+pub mod backend;
 pub mod digest;
 pub mod error;
 pub mod heat;

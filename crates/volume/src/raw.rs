@@ -160,6 +160,11 @@ impl RawFile {
         Ok(RawFile::of(pool, inner))
     }
 
+    /// A file opened elsewhere, of `size` bytes.
+    pub(crate) fn from_open(pool: &Pool, file: File, path: PathBuf, size: u64) -> RawFile {
+        RawFile::of(pool, Inner::new(file, path, size))
+    }
+
     fn of(pool: &Pool, inner: Inner) -> RawFile {
         RawFile {
             pool: pool.clone(),

@@ -16,9 +16,9 @@ use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SECTOR, SECTORS_PER_UNIT, SpaceId, UNIT};
 use whimbrel_nbd::{Errno, ZeroHow};
 use whimbrel_volume::VolumeError;
+use whimbrel_volume::backend::Backend;
 use whimbrel_volume::digest::digest;
 use whimbrel_volume::journal::Journal;
-use whimbrel_volume::raw::RawFile;
 
 use super::Wants;
 use super::export::{errno, zeroes_of};
@@ -32,7 +32,7 @@ struct Inner {
 /// A disk whose content is on the way.
 pub struct Filling {
     id: SpaceId,
-    file: Arc<RawFile>,
+    file: Arc<Backend>,
     journal: Journal,
     wants: Arc<Wants>,
     inner: Mutex<Inner>,
@@ -59,7 +59,7 @@ impl Filling {
     /// `clock` is the migration's: latencies are counted from it.
     pub fn new(
         space: SpaceIn,
-        file: Arc<RawFile>,
+        file: Arc<Backend>,
         journal: Journal,
         wants: Arc<Wants>,
         clock: Instant,

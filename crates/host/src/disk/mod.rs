@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use tokio::sync::RwLock;
 use whimbrel_volume::VolumeError;
-use whimbrel_volume::raw::RawFile;
+use whimbrel_volume::backend::Backend;
 
 pub use export::MachineDisks;
 pub use filling::{Filling, Verified, absolute};
@@ -52,14 +52,14 @@ pub enum Mode {
 pub struct Disk {
     name: String,
     size: u64,
-    file: Arc<RawFile>,
+    file: Arc<Backend>,
     mode: RwLock<Mode>,
     /// A guest has written or flushed since the mode last let it: proof that it ran here.
     touched: AtomicBool,
 }
 
 impl Disk {
-    pub fn new(name: String, size: u64, file: Arc<RawFile>, mode: Mode) -> Self {
+    pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode) -> Self {
         Disk {
             name,
             size,
@@ -78,7 +78,7 @@ impl Disk {
         self.size
     }
 
-    pub fn file(&self) -> &Arc<RawFile> {
+    pub fn file(&self) -> &Arc<Backend> {
         &self.file
     }
 

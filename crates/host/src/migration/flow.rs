@@ -9,7 +9,7 @@ use whimbrel_engine::outflow::{Batch, Class as CopyClass, Outflow, Tally};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
 use whimbrel_qemu::store::RamStore;
-use whimbrel_volume::raw::RawFile;
+use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
 /// Units of one demanded frame: small, so that several demands take turns.
@@ -22,7 +22,7 @@ const MAX_ZERO_ANSWERS: usize = 4096;
 /// Where a space's content is read from.
 #[derive(Clone)]
 pub enum Content {
-    Disk(Arc<RawFile>),
+    Disk(Arc<Backend>),
     Ram { store: Arc<RamStore>, block: usize },
 }
 

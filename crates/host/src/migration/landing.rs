@@ -11,8 +11,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_volume::VolumeError;
+use whimbrel_volume::backend::{Backend, Format};
 use whimbrel_volume::journal::{Journal, VolumeIdentity};
-use whimbrel_volume::raw::{Access, RawFile};
+use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 
 use crate::host::Host;
@@ -81,7 +82,7 @@ pub struct Plan {
 /// A volume with its file and its journal.
 pub struct LandedVolume {
     pub record: VolumeRecord,
-    pub file: Arc<RawFile>,
+    pub file: Arc<Backend>,
     /// Taken when the disk begins to fill.
     pub journal: Option<Journal>,
 }
@@ -299,6 +300,7 @@ fn arriving(
             size: offer.size,
             epoch,
             data: PathBuf::from(data),
+            format: Format::Raw,
             created: previous.as_ref().map_or_else(Timestamp::now, |p| p.created),
             machine: Some(spec.name.clone()),
             state: Ownership::Arriving {
@@ -350,12 +352,13 @@ async fn land(host: &Host, volume: &ArrivingVolume) -> Result<LandedVolume, Land
     let file = if volume.previous.is_some() {
         // Left by an attempt that was broken off so hard that it could not clean up.
         remove_file(&path)?;
-        RawFile::create(&host.pool, &path, record.size).await?
+        Backend::create(&host.pool, &path, record.format, record.size).await?
     } else {
         let draft = host.state.begin_volume(&record.name)?;
-        drop(RawFile::create(&host.pool, draft.data_path(), record.size).await?);
+        let data = draft.data_path();
+        drop(Backend::create(&host.pool, data, record.format, record.size).await?);
         draft.commit(&record)?;
-        RawFile::open(&host.pool, &path, Access::ReadWrite).await?
+        Backend::open(&host.pool, &path, record.format, Access::ReadWrite).await?
     };
     let file = Arc::new(file);
     let folder = journal_folder(host, &record);

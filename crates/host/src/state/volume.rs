@@ -7,6 +7,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_peer::trust::PeerName;
+use whimbrel_volume::backend::Format;
 
 /// Who owns a volume's or a machine's content, as far as this host knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,13 +112,20 @@ pub struct VolumeRecord {
     pub size: u64,
     /// Fencing number: a write under an older epoch is refused.
     pub epoch: Epoch,
-    /// The data file; a relative path counts from the volume's folder.
+    /// The data file or device; a relative path counts from the volume's folder.
     pub data: PathBuf,
+    /// How the content is stored there.
+    #[serde(default, skip_serializing_if = "is_raw")]
+    pub format: Format,
     pub created: Timestamp,
     /// The machine whose disk it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<Name>,
     pub state: Ownership,
+}
+
+fn is_raw(format: &Format) -> bool {
+    *format == Format::Raw
 }
 
 /// The data file of a volume whose record does not say otherwise.
@@ -132,6 +140,7 @@ impl VolumeRecord {
             size,
             epoch: Epoch(1),
             data: PathBuf::from(DATA_FILE),
+            format: Format::Raw,
             created: Timestamp::now(),
             machine: None,
             state: Ownership::Local,
