@@ -262,6 +262,12 @@ impl Backend {
     }
 }
 
+impl From<RawFile> for Backend {
+    fn from(raw: RawFile) -> Backend {
+        Backend::of(Kind::Raw(raw))
+    }
+}
+
 impl DataSync for Backend {
     fn sync(&self) -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
         Box::pin(Backend::sync(self))

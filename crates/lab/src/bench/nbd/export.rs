@@ -68,7 +68,7 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
     let pool = Pool::start(PoolSize::default()).map_err(here)?;
     let file = RawFile::open(&pool, &args.disk, Access::ReadWrite).await?;
     let size = file.size();
-    let disk = Disk::new("bench".into(), size, Arc::new(file), Mode::Open);
+    let disk = Disk::new("bench".into(), size, Arc::new(file.into()), Mode::Open);
     let log = (args.access_log == Switch::On).then(|| AccessLog::new(size, RING));
     let shelf = Shelf(Arc::new(Logged {
         disk,
