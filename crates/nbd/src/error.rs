@@ -2,8 +2,7 @@
 
 use std::io;
 
-use crate::export::OpenError;
-use crate::handshake::UnknownFlags;
+use crate::handshake::{Refused, UnknownFlags};
 use crate::option::NotAnOption;
 use crate::request::StreamLost;
 
@@ -19,7 +18,12 @@ pub enum ServeError {
     HandshakeTimeout,
     /// The client used EXPORT_NAME, to which there is no answer but to hang up.
     #[error("negotiation: {0}")]
-    Refused(#[from] OpenError),
+    Refused(#[from] Refused),
+    /// Somebody on the way may have put it there.
+    #[error("negotiation: {bytes} bytes between STARTTLS and TLS")]
+    BeforeTls { bytes: usize },
+    #[error("TLS: {0}")]
+    Tls(#[source] io::Error),
     #[error("transmission: {0}")]
     StreamLost(#[from] StreamLost),
     #[error("closed with {requests} requests unanswered after lingering")]

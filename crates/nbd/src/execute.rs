@@ -5,16 +5,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tracing::error;
 
-use crate::export::{Directory, Errno, Export};
+use crate::export::{Content, Directory, Errno, Export, MAX_PIECES, Piece};
 use crate::handshake::Session;
-use crate::reply::{self, Frame};
-use crate::request::{Command, Request};
+use crate::reply::{self, Frame, ReplyTo};
+use crate::request::Command;
 
 /// What a request that succeeded has to say.
 pub enum Answer {
     Done,
     /// Exactly as long as the READ asked for.
     Data(Bytes),
+    /// The same in at least two pieces, for a client that takes chunks.
+    Pieces(Vec<Piece>),
     /// Number and descriptors of every selected context.
     Status(Vec<(u32, Bytes)>),
 }
@@ -27,39 +29,45 @@ pub async fn execute<D: Directory>(
 ) -> Result<Answer, Errno> {
     let export = &*session.opened.export;
     match command {
-        Command::Read { offset, len } => {
-            let data = export.read(offset, len).await?;
-            if data.len() != len as usize {
+        Command::Read { offset, len, whole } => {
+            let content = if whole || !session.rules.dialect.chunks() {
+                Content::Whole(export.read(offset, len).await?)
+            } else {
+                export.read_sparse(offset, len).await?
+            };
+            read(content, len).ok_or_else(|| {
                 // Sent as it is, it would put the client out of step for good.
                 error!(
                     export = session.name(),
-                    offset,
-                    len,
-                    got = data.len(),
-                    "read of a wrong length"
+                    offset, len, "read of a wrong length"
                 );
-                return Err(Errno::Eio);
-            }
-            Ok(Answer::Data(data))
+                Errno::Eio
+            })
         }
         Command::Write { offset, fua, .. } => done(export.write(offset, payload, fua).await),
         Command::Flush => done(export.flush().await),
-        Command::Trim { offset, len, fua } => done(export.trim(offset, len.into(), fua).await),
-        Command::Cache { offset, len } => done(export.cache(offset, len.into()).await),
+        Command::Trim { offset, len, fua } => done(export.trim(offset, len, fua).await),
+        Command::Cache { offset, len } => done(export.cache(offset, len).await),
         Command::WriteZeroes { offset, len, how } => {
-            match export.write_zeroes(offset, len.into(), how).await {
+            match export.write_zeroes(offset, len, how).await {
                 // The one place where the protocol knows this error.
                 Err(Errno::Enotsup) if how.fast => Err(Errno::Enotsup),
                 other => done(other),
             }
         }
-        Command::BlockStatus { offset, len, one } => {
-            let len = u64::from(len);
-            let mut all = Vec::with_capacity(session.contexts.len());
-            for (number, name) in &session.contexts {
+        Command::BlockStatus {
+            offset,
+            len,
+            one,
+            contexts,
+        } => {
+            let mut all = Vec::with_capacity(contexts.len());
+            let chosen = |(number, _): &&(u32, String)| contexts.contains(*number);
+            for (number, name) in session.contexts.iter().filter(chosen) {
                 let runs = export.block_status(name, offset, len, one).await?;
                 let room = session.rules.size - offset;
-                let Some(descriptors) = reply::descriptors(&runs, len, room, one) else {
+                let dialect = session.rules.dialect;
+                let Some(descriptors) = reply::descriptors(&runs, len, room, one, dialect) else {
                     error!(
                         export = session.name(),
                         offset, len, name, "block status without a run"
@@ -73,6 +81,31 @@ pub async fn execute<D: Directory>(
     }
 }
 
+/// What a READ came to; `None` if it is not `len` bytes, or in more pieces than allowed.
+fn read(content: Content, len: u32) -> Option<Answer> {
+    match content {
+        Content::Whole(data) => (data.len() == len as usize).then_some(Answer::Data(data)),
+        Content::Pieces(pieces) => {
+            let sum: u64 = pieces.iter().map(Piece::len).sum();
+            let whole = pieces.iter().all(|piece| piece.len() > 0);
+            let fits = whole && sum == u64::from(len) && pieces.len() <= MAX_PIECES;
+            fits.then_some(Answer::Pieces(pieces))
+        }
+    }
+}
+
+impl Answer {
+    /// Bytes that are held until the reply is sent.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Answer::Done => 0,
+            Answer::Data(data) => data.len(),
+            Answer::Pieces(pieces) => pieces.iter().map(Piece::held).sum(),
+            Answer::Status(all) => all.iter().map(|(_, descriptors)| descriptors.len()).sum(),
+        }
+    }
+}
+
 fn done(result: Result<(), Errno>) -> Result<Answer, Errno> {
     match result {
         Ok(()) => Ok(Answer::Done),
@@ -82,37 +115,30 @@ fn done(result: Result<(), Errno>) -> Result<Answer, Errno> {
 }
 
 /// The frames of a reply, each with whether it is the last.
-pub fn frames(
-    request: &Request,
-    structured: bool,
-    result: Result<Answer, Errno>,
-    mut send: impl FnMut(Frame, bool),
-) {
-    let cookie = request.cookie;
+pub fn frames(to: &ReplyTo, result: Result<Answer, Errno>, mut send: impl FnMut(Frame, bool)) {
     match result {
-        Ok(Answer::Done) => send(Frame::simple(cookie, None, Bytes::new()), true),
-        Ok(Answer::Data(data)) => match request.command {
-            Command::Read { offset, .. } if structured => {
-                send(Frame::data(cookie, offset, data), true);
+        Ok(Answer::Done) => send(Frame::done(to), true),
+        Ok(Answer::Data(data)) => send(Frame::content(to, data), true),
+        Ok(Answer::Pieces(pieces)) => {
+            let mut at = to.offset;
+            let last = pieces.len().saturating_sub(1);
+            for (index, piece) in pieces.into_iter().enumerate() {
+                let (offset, last) = (at, index == last);
+                at += piece.len();
+                let frame = match piece {
+                    Piece::Data(data) => Frame::data(to, offset, data, last),
+                    Piece::Zeroes(len) => Frame::hole(to, offset, len, last),
+                };
+                send(frame, last);
             }
-            _ => send(Frame::simple(cookie, None, data), true),
-        },
+        }
         Ok(Answer::Status(all)) => {
             let last = all.len().saturating_sub(1);
             for (index, (number, descriptors)) in all.into_iter().enumerate() {
                 let last = index == last;
-                send(Frame::status(cookie, number, descriptors, last), last);
+                send(Frame::status(to, number, descriptors, last), last);
             }
         }
-        Err(errno) => send(refusal(cookie, structured, errno, ""), true),
-    }
-}
-
-/// An error reply; the reason is sent where the protocol has a place for it.
-pub fn refusal(cookie: u64, structured: bool, errno: Errno, reason: &'static str) -> Frame {
-    if structured {
-        Frame::error(cookie, errno, reason)
-    } else {
-        Frame::simple(cookie, Some(errno), Bytes::new())
+        Err(errno) => send(Frame::error(to, errno, ""), true),
     }
 }

@@ -46,6 +46,42 @@ pub const MAX_CONTEXTS: usize = 16;
 /// returns beyond is not sent, and the client asks again from where the reply ended.
 pub const MAX_STATUS_RUNS: usize = 8192;
 
+/// Most pieces of one [`Content`]. More are an error of the export, which the client sees as `EIO`.
+pub const MAX_PIECES: usize = 64;
+
+/// What was read, for a client that need not be sent zeroes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    Whole(Bytes),
+    /// One after the other, none of them empty, at least one and at most [`MAX_PIECES`].
+    Pieces(Vec<Piece>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    Data(Bytes),
+    /// So many bytes that read as zero.
+    Zeroes(u32),
+}
+
+impl Piece {
+    /// Bytes of the export.
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            Piece::Data(data) => data.len() as u64,
+            Piece::Zeroes(len) => (*len).into(),
+        }
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn held(&self) -> usize {
+        match self {
+            Piece::Data(data) => data.len(),
+            Piece::Zeroes(_) => 0,
+        }
+    }
+}
+
 /// An [`ExportInfo`] that the protocol cannot express.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadInfo {
@@ -206,6 +242,16 @@ pub trait Export: Send + Sync + 'static {
 
     /// Exactly `len` bytes. They are sent as they are, without a copy.
     fn read(&self, offset: u64, len: u32) -> impl Future<Output = Result<Bytes, Errno>> + Send;
+
+    /// The same for a client that need not be sent zeroes. Worth implementing where zeroes are known
+    /// without looking for them; it must cost no more than [`Export::read`].
+    fn read_sparse(
+        &self,
+        offset: u64,
+        len: u32,
+    ) -> impl Future<Output = Result<Content, Errno>> + Send {
+        async move { Ok(Content::Whole(self.read(offset, len).await?)) }
+    }
 
     /// With `fua`, durable before it returns.
     fn write(

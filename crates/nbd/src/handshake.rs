@@ -1,18 +1,23 @@
 //! The negotiation as a machine without I/O: options in, replies and the next step out.
 //!
-//! The machine holds what the options have agreed so far (structured replies, metadata contexts). The
-//! driver reads an option's header and data, hands them in, sends what is in `out`, and does the
-//! [`Step`]. Whatever is wrong with one option is answered to that option; only a name that
-//! EXPORT_NAME cannot have, for which the protocol knows no answer, ends the session.
+//! The machine holds what the options have agreed so far (the dialect, metadata contexts). The driver
+//! reads an option's header and data, hands them in, sends what is in `out`, and does the [`Step`].
+//! Whatever is wrong with one option is answered to that option; only an EXPORT_NAME that cannot be
+//! granted, for which the protocol knows no answer, ends the session.
+//!
+//! STARTTLS forgets all that was agreed before: somebody on the way may have agreed on it.
 
 use std::sync::Arc;
 
 use bytes::BufMut;
 
+use crate::contexts::ContextSet;
+use crate::dialect::Dialect;
 use crate::export::{Directory, Export, ExportInfo, OpenError};
 use crate::option::{BadOption, ClientOption, ContextQuery, InfoQuery};
 use crate::request::Rules;
 use crate::spec::*;
+use crate::tls::Secrecy;
 
 /// What the server says first, at once.
 pub fn greeting() -> [u8; 18] {
@@ -29,14 +34,30 @@ pub fn greeting() -> [u8; 18] {
 #[error("client flags {0:#010x}")]
 pub struct UnknownFlags(pub u32);
 
+/// Why an EXPORT_NAME was not granted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("the name is not valid")]
+    Name,
+    #[error("TLS is required")]
+    TlsRequired,
+    #[error("after extended headers EXPORT_NAME is not allowed")]
+    ExtendedHeaders,
+}
+
 /// What the driver does once it has sent the replies.
 pub enum Step<D: Directory> {
     /// Read the next option.
     Continue,
     /// Close the connection: the client asked for it.
     Close,
-    /// Close the connection: EXPORT_NAME named an export that cannot be had.
-    Refuse(OpenError),
+    /// Close the connection: what EXPORT_NAME wants cannot be had.
+    Refuse(Refused),
+    /// Speak TLS, then tell [`Handshake::secured`] and read the next option. What has been read from the
+    /// client beyond the option was said by nobody knows whom: the connection must be closed.
+    StartTls,
     /// The transmission phase begins.
     Transmit(Session<D>),
 }
@@ -77,13 +98,14 @@ struct Selected {
 pub struct Handshake<D> {
     directory: Arc<D>,
     no_zeroes: bool,
-    structured: bool,
+    secrecy: Secrecy,
+    dialect: Dialect,
     selected: Option<Selected>,
 }
 
 impl<D: Directory> Handshake<D> {
     /// `flags` are the client's 32 bits that answer the [`greeting`].
-    pub fn new(directory: Arc<D>, flags: u32) -> Result<Self, UnknownFlags> {
+    pub fn new(directory: Arc<D>, flags: u32, secrecy: Secrecy) -> Result<Self, UnknownFlags> {
         // A client without FIXED_NEWSTYLE may send EXPORT_NAME only. If it sends more all the same it
         // gets the answers of fixed newstyle: no other exist.
         if flags & !(FLAG_C_FIXED_NEWSTYLE | FLAG_C_NO_ZEROES) != 0 {
@@ -92,13 +114,28 @@ impl<D: Directory> Handshake<D> {
         Ok(Handshake {
             directory,
             no_zeroes: flags & FLAG_C_NO_ZEROES != 0,
-            structured: false,
+            secrecy: match secrecy {
+                // The specification has TLS for fixed newstyle only. To require it stays a requirement.
+                Secrecy::Allowed if flags & FLAG_C_FIXED_NEWSTYLE == 0 => Secrecy::Off,
+                secrecy => secrecy,
+            },
+            dialect: Dialect::Simple,
             selected: None,
         })
     }
 
+    /// TLS has begun.
+    pub fn secured(&mut self) {
+        self.secrecy = Secrecy::Established;
+        self.dialect = Dialect::Simple;
+        self.selected = None;
+    }
+
     /// Handles one option; `data` are at most [`MAX_DATA`](crate::option::MAX_DATA) bytes.
     pub fn option(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>) -> Step<D> {
+        if self.lacks_tls(option) {
+            return self.refuse(option, TLS_REQUIRED, out);
+        }
         // A new choice of contexts replaces the old one even if it fails.
         if option == OPT_SET_META_CONTEXT {
             self.selected = None;
@@ -116,8 +153,10 @@ impl<D: Directory> Handshake<D> {
             ClientOption::List => self.list(out),
             ClientOption::Info(query) => self.info(&query, out),
             ClientOption::Go(query) => return self.go(&query, out),
-            ClientOption::StructuredReply => {
-                self.structured = true;
+            ClientOption::StartTls => return self.start_tls(out),
+            ClientOption::StructuredReply => self.structured_reply(out),
+            ClientOption::ExtendedHeaders => {
+                self.dialect = Dialect::Extended;
                 reply(out, option, REP_ACK, &[]);
             }
             ClientOption::ListMetaContext(query) => self.contexts(option, &query, out),
@@ -128,6 +167,9 @@ impl<D: Directory> Handshake<D> {
 
     /// Answers an option whose data were too long to be looked at, and have been skipped.
     pub fn too_big(&mut self, option: u32, out: &mut Vec<u8>) -> Step<D> {
+        if self.lacks_tls(option) {
+            return self.refuse(option, TLS_REQUIRED, out);
+        }
         if option == OPT_SET_META_CONTEXT {
             self.selected = None;
         }
@@ -138,9 +180,41 @@ impl<D: Directory> Handshake<D> {
         self.refuse(option, bad, out)
     }
 
+    fn lacks_tls(&self, option: u32) -> bool {
+        self.secrecy == Secrecy::Required && !matches!(option, OPT_STARTTLS | OPT_ABORT)
+    }
+
+    fn start_tls(&self, out: &mut Vec<u8>) -> Step<D> {
+        let bad = match self.secrecy {
+            Secrecy::Allowed | Secrecy::Required => {
+                reply(out, OPT_STARTTLS, REP_ACK, &[]);
+                return Step::StartTls;
+            }
+            Secrecy::Off => BadOption {
+                reply: REP_ERR_UNSUP,
+                reason: "no TLS on this socket",
+            },
+            Secrecy::Established => BadOption {
+                reply: REP_ERR_INVALID,
+                reason: "TLS is spoken already",
+            },
+        };
+        self.refuse(OPT_STARTTLS, bad, out)
+    }
+
+    fn structured_reply(&mut self, out: &mut Vec<u8>) {
+        if self.dialect == Dialect::Extended {
+            let reason = b"extended headers are agreed and go further";
+            return reply(out, OPT_STRUCTURED_REPLY, REP_ERR_EXT_HEADER_REQD, reason);
+        }
+        self.dialect = Dialect::Structured;
+        reply(out, OPT_STRUCTURED_REPLY, REP_ACK, &[]);
+    }
+
     fn refuse(&self, option: u32, bad: BadOption, out: &mut Vec<u8>) -> Step<D> {
         match option {
-            OPT_EXPORT_NAME => return Step::Refuse(OpenError::Unknown),
+            OPT_EXPORT_NAME if bad == TLS_REQUIRED => return Step::Refuse(Refused::TlsRequired),
+            OPT_EXPORT_NAME => return Step::Refuse(Refused::Name),
             // Whatever a client says with its farewell, it is one.
             OPT_ABORT => {
                 reply(out, option, REP_ACK, &[]);
@@ -171,17 +245,21 @@ impl<D: Directory> Handshake<D> {
             }
             _ => Vec::new(),
         };
+        let numbers: ContextSet = contexts.iter().map(|(number, _)| *number).collect();
         Session {
             opened,
-            rules: Rules::new(info, self.structured, !contexts.is_empty()),
+            rules: Rules::new(info, self.dialect, numbers),
             contexts,
         }
     }
 
     fn export_name(&mut self, name: &str, out: &mut Vec<u8>) -> Step<D> {
+        if self.dialect == Dialect::Extended {
+            return Step::Refuse(Refused::ExtendedHeaders);
+        }
         let (opened, info) = match self.open(name) {
             Ok(open) => open,
-            Err(error) => return Step::Refuse(error),
+            Err(error) => return Step::Refuse(error.into()),
         };
         out.put_u64(info.size);
         out.put_u16(self.transmission_flags(&info));
@@ -231,7 +309,16 @@ impl<D: Directory> Handshake<D> {
         };
         data.put_u16(INFO_EXPORT);
         data.put_u64(info.size);
-        data.put_u16(self.transmission_flags(info));
+        let mut flags = self.transmission_flags(info);
+        // The specification has it offered to whoever enters with a context, or may yet choose one.
+        let chosen = self
+            .selected
+            .as_ref()
+            .is_some_and(|selected| selected.export == query.name && !selected.contexts.is_empty());
+        if self.dialect == Dialect::Extended && (chosen || option == OPT_INFO) {
+            flags |= FLAG_BLOCK_STATUS_PAYLOAD;
+        }
+        data.put_u16(flags);
         send(&mut data);
         if query.wants_block_size {
             data.put_u16(INFO_BLOCK_SIZE);
@@ -258,7 +345,7 @@ impl<D: Directory> Handshake<D> {
 
     fn contexts(&mut self, option: u32, query: &ContextQuery<'_>, out: &mut Vec<u8>) {
         let set = option == OPT_SET_META_CONTEXT;
-        if !self.structured {
+        if !self.dialect.chunks() {
             let reason = b"structured replies come first";
             return reply(out, option, REP_ERR_INVALID, reason);
         }
@@ -302,12 +389,17 @@ impl<D: Directory> Handshake<D> {
         if info.multi_conn {
             flags |= FLAG_CAN_MULTI_CONN;
         }
-        if self.structured {
+        if self.dialect.chunks() {
             flags |= FLAG_SEND_DF;
         }
         flags
     }
 }
+
+const TLS_REQUIRED: BadOption = BadOption {
+    reply: REP_ERR_TLS_REQD,
+    reason: "TLS comes first",
+};
 
 /// An export that the protocol cannot express is a mistake of the daemon, not of the client.
 fn checked(info: ExportInfo) -> Result<ExportInfo, OpenError> {

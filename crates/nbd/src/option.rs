@@ -45,9 +45,11 @@ pub enum ClientOption<'a> {
     ExportName(&'a str),
     Abort,
     List,
+    StartTls,
     Info(InfoQuery<'a>),
     Go(InfoQuery<'a>),
     StructuredReply,
+    ExtendedHeaders,
     ListMetaContext(ContextQuery<'a>),
     SetMetaContext(ContextQuery<'a>),
 }
@@ -96,15 +98,13 @@ impl<'a> ClientOption<'a> {
             OPT_EXPORT_NAME => Ok(ClientOption::ExportName(text(data)?)),
             OPT_ABORT => Ok(ClientOption::Abort),
             OPT_LIST => bare(ClientOption::List),
+            OPT_STARTTLS => bare(ClientOption::StartTls),
             OPT_STRUCTURED_REPLY => bare(ClientOption::StructuredReply),
+            OPT_EXTENDED_HEADERS => bare(ClientOption::ExtendedHeaders),
             OPT_INFO => Ok(ClientOption::Info(info_query(data)?)),
             OPT_GO => Ok(ClientOption::Go(info_query(data)?)),
             OPT_LIST_META_CONTEXT => Ok(ClientOption::ListMetaContext(context_query(data)?)),
             OPT_SET_META_CONTEXT => Ok(ClientOption::SetMetaContext(context_query(data)?)),
-            OPT_STARTTLS => Err(BadOption {
-                reply: REP_ERR_UNSUP,
-                reason: "no TLS on this socket",
-            }),
             _ => Err(BadOption {
                 reply: REP_ERR_UNSUP,
                 reason: "unknown option",
@@ -215,20 +215,26 @@ mod tests {
 
     #[test]
     fn unknown_options_are_unsupported_whatever_their_data() {
-        for option in [0, 4, OPT_STARTTLS, OPT_EXTENDED_HEADERS, 12, u32::MAX] {
+        for option in [0, 4, 12, u32::MAX] {
             assert_eq!(reply(option, b""), REP_ERR_UNSUP);
             assert_eq!(reply(option, b"data"), REP_ERR_UNSUP);
         }
     }
 
     #[test]
-    fn abort_may_carry_data_and_list_may_not() {
+    fn abort_may_carry_data_and_options_without_a_parameter_may_not() {
         assert_eq!(
             ClientOption::parse(OPT_ABORT, b"why").unwrap(),
             ClientOption::Abort
         );
-        assert_eq!(reply(OPT_LIST, b"x"), REP_ERR_INVALID);
-        assert_eq!(reply(OPT_STRUCTURED_REPLY, b"x"), REP_ERR_INVALID);
+        for option in [
+            OPT_LIST,
+            OPT_STARTTLS,
+            OPT_STRUCTURED_REPLY,
+            OPT_EXTENDED_HEADERS,
+        ] {
+            assert_eq!(reply(option, b"x"), REP_ERR_INVALID);
+        }
     }
 
     #[test]

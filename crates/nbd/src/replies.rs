@@ -5,27 +5,29 @@ use std::task::{Context, Poll};
 
 use tokio::io::AsyncWrite;
 
-use crate::execute::{frames, refusal};
+use crate::dialect::Dialect;
+use crate::execute::{Answer, frames};
 use crate::inflight::Outcome;
 use crate::limits::Limits;
 use crate::load::{Load, Share};
 use crate::outbox::Outbox;
-use crate::request::{Command, Refusal, Request};
+use crate::reply::{Frame, ReplyTo};
+use crate::request::{Refusal, Request};
 
 pub struct Replies {
     outbox: Outbox,
     load: Load,
-    structured: bool,
+    dialect: Dialect,
     /// Nobody is there to be answered.
     gone: bool,
 }
 
 impl Replies {
-    pub fn new(limits: &Limits, structured: bool) -> Self {
+    pub fn new(limits: &Limits, dialect: Dialect) -> Self {
         Replies {
             outbox: Outbox::new(),
             load: Load::new(limits),
-            structured,
+            dialect,
             gone: false,
         }
     }
@@ -62,18 +64,23 @@ impl Replies {
         if self.gone {
             return self.waive(&request);
         }
-        let mut share = Share {
+        // The data of a write are gone; what was read is held until it is sent.
+        let admitted = request.command.payload();
+        let held = outcome.as_ref().map_or(0, Answer::bytes) as u32;
+        self.load.give(Share {
+            requests: 0,
+            bytes: admitted.saturating_sub(held),
+        });
+        let share = Share {
             requests: 1,
-            bytes: request.command.payload(),
+            bytes: admitted.min(held),
         };
-        // The data of a write are gone; those of a read are held until they are sent.
-        if !matches!(request.command, Command::Read { .. }) || outcome.is_err() {
-            self.load.give(Share {
-                requests: 0,
-                bytes: std::mem::take(&mut share.bytes),
-            });
-        }
-        frames(&request, self.structured, outcome, |frame, last| {
+        let to = ReplyTo {
+            dialect: self.dialect,
+            cookie: request.cookie,
+            offset: request.command.offset(),
+        };
+        frames(&to, outcome, |frame, last| {
             let share = if last { share } else { Share::default() };
             self.outbox.push(frame, share);
         });
@@ -82,17 +89,17 @@ impl Replies {
     /// Answers a request that was never owed anything.
     pub fn refuse(&mut self, refused: &Refusal) {
         self.load.take(0);
-        let frame = refusal(
-            refused.cookie,
-            self.structured,
-            refused.errno,
-            refused.reason,
-        );
+        let to = ReplyTo {
+            dialect: self.dialect,
+            cookie: refused.cookie,
+            offset: refused.offset,
+        };
         let share = Share {
             requests: 1,
             bytes: 0,
         };
-        self.outbox.push(frame, share);
+        self.outbox
+            .push(Frame::error(&to, refused.errno, refused.reason), share);
     }
 
     /// Sends as much as the stream takes; ready when nothing is left.

@@ -1,13 +1,16 @@
 //! The one validate step of the transmission phase.
 //!
-//! Twenty-eight bytes go in; out comes a [`Request`] that handlers may trust, a [`Refusal`] with the
-//! error the specification asks for, or the news that the stream is over or lost. No I/O, no allocation.
+//! A header goes in; out comes a [`Request`] that handlers may trust, a [`Refusal`] with the error the
+//! specification asks for, or the news that the stream is over or lost. One request needs a second look:
+//! the payload of a [`Filter`] holds a length and numbers of contexts. No I/O, no allocation.
 
-use crate::export::{Errno, ExportInfo, ZeroHow};
+use bytes::Buf;
+
+use crate::contexts::ContextSet;
+use crate::dialect::Dialect;
+use crate::export::{Errno, ExportInfo, MAX_CONTEXTS, MAX_STATUS_RUNS, ZeroHow};
+use crate::reply::DESCRIPTOR;
 use crate::spec::*;
-
-/// Bytes of a request's header.
-pub const HEADER: usize = 28;
 
 /// What a connection has negotiated, as far as requests depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,22 +19,27 @@ pub struct Rules {
     pub read_only: bool,
     pub min_block: u32,
     pub max_block: u32,
-    /// Structured replies were negotiated.
-    pub structured: bool,
-    /// At least one metadata context was selected.
-    pub contexts: bool,
+    pub dialect: Dialect,
+    /// The selected metadata contexts. None without chunks.
+    pub contexts: ContextSet,
 }
 
 impl Rules {
-    pub fn new(info: &ExportInfo, structured: bool, contexts: bool) -> Self {
+    pub fn new(info: &ExportInfo, dialect: Dialect, contexts: ContextSet) -> Self {
         Rules {
             size: info.size,
             read_only: info.read_only,
             min_block: info.min_block,
             max_block: info.max_block,
-            structured,
+            dialect,
             contexts,
         }
+    }
+
+    /// The largest payload that is received or skipped. A longer one ends the connection; it is far
+    /// beyond what the client was told, or may assume if it did not ask.
+    fn longest_payload(&self) -> u32 {
+        self.max_block.max(DEFAULT_MAX_PAYLOAD)
     }
 }
 
@@ -49,6 +57,8 @@ pub enum Command {
     Read {
         offset: u64,
         len: u32,
+        /// The reply must be one chunk (DF).
+        whole: bool,
     },
     /// `len` bytes of payload follow the header.
     Write {
@@ -59,30 +69,49 @@ pub enum Command {
     Flush,
     Trim {
         offset: u64,
-        len: u32,
+        len: u64,
         fua: bool,
     },
     Cache {
         offset: u64,
-        len: u32,
+        len: u64,
     },
     WriteZeroes {
         offset: u64,
-        len: u32,
+        len: u64,
         how: ZeroHow,
     },
     BlockStatus {
         offset: u64,
-        len: u32,
+        len: u64,
         one: bool,
+        /// Those to be answered for, at least one, all of them selected.
+        contexts: ContextSet,
     },
 }
 
 impl Command {
-    /// Bytes of payload held while the request is served, in either direction.
+    /// Where it begins; extended replies repeat it.
+    pub fn offset(&self) -> u64 {
+        match *self {
+            Command::Flush => 0,
+            Command::Read { offset, .. }
+            | Command::Write { offset, .. }
+            | Command::Trim { offset, .. }
+            | Command::Cache { offset, .. }
+            | Command::WriteZeroes { offset, .. }
+            | Command::BlockStatus { offset, .. } => offset,
+        }
+    }
+
+    /// The most bytes held for the request while it is served, in either direction.
     pub fn payload(&self) -> u32 {
         match *self {
             Command::Read { len, .. } | Command::Write { len, .. } => len,
+            Command::BlockStatus { one, contexts, .. } => {
+                let runs = if one { 1 } else { MAX_STATUS_RUNS };
+                (contexts.len() * runs * DESCRIPTOR) as u32
+            }
             _ => 0,
         }
     }
@@ -103,6 +132,8 @@ impl Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub cookie: u64,
+    /// As the client sent it.
+    pub offset: u64,
     pub errno: Errno,
     /// For a human being.
     pub reason: &'static str,
@@ -113,70 +144,108 @@ pub struct Refusal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Accept(Request),
+    /// To be judged again with its payload.
+    Filter(Filter),
     Refuse(Refusal),
     /// The client is leaving; everything in flight is still answered.
     Disconnect,
 }
 
-/// The bytes are no request: nobody can tell where the next one starts.
+/// The bytes are no request, or one that nobody would wait for the end of: where the next one starts
+/// cannot be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("request magic {0:#010x}")]
-pub struct StreamLost(pub u32);
+pub enum StreamLost {
+    #[error("request magic {0:#010x}")]
+    Magic(u32),
+    #[error("a payload of {0} bytes")]
+    Payload(u64),
+}
 
-struct Header {
+/// The fields of a request's header, not yet judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    magic: u32,
     flags: u16,
     kind: u16,
     cookie: u64,
     offset: u64,
-    len: u32,
+    len: u64,
 }
 
 impl Header {
-    fn parse(bytes: &[u8; HEADER]) -> Result<Self, StreamLost> {
-        let [m0, m1, m2, m3, f0, f1, k0, k1, rest @ ..] = *bytes;
-        let magic = u32::from_be_bytes([m0, m1, m2, m3]);
-        if magic != REQUEST_MAGIC {
-            return Err(StreamLost(magic));
-        }
-        let [c0, c1, c2, c3, c4, c5, c6, c7, rest @ ..] = rest;
-        let [o0, o1, o2, o3, o4, o5, o6, o7, l0, l1, l2, l3] = rest;
-        Ok(Header {
-            flags: u16::from_be_bytes([f0, f1]),
-            kind: u16::from_be_bytes([k0, k1]),
-            cookie: u64::from_be_bytes([c0, c1, c2, c3, c4, c5, c6, c7]),
-            offset: u64::from_be_bytes([o0, o1, o2, o3, o4, o5, o6, o7]),
-            len: u32::from_be_bytes([l0, l1, l2, l3]),
+    /// The header at the front of `data`; `None` if there are fewer than
+    /// [`Dialect::header`] bytes.
+    pub fn first(data: &[u8], dialect: Dialect) -> Option<Self> {
+        let mut bytes = data.get(..dialect.header())?;
+        Some(Header {
+            magic: bytes.get_u32(),
+            flags: bytes.get_u16(),
+            kind: bytes.get_u16(),
+            cookie: bytes.get_u64(),
+            offset: bytes.get_u64(),
+            len: match dialect {
+                Dialect::Extended => bytes.get_u64(),
+                Dialect::Simple | Dialect::Structured => bytes.get_u32().into(),
+            },
         })
     }
 
     fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
     }
+
+    /// Bytes of payload that follow. With extended headers a flag says so, but QEMU (10.0 at least) sends
+    /// its writes without it, and a write without a payload would mean nothing.
+    fn payload(&self, rules: &Rules) -> Result<u32, StreamLost> {
+        let extended = rules.dialect == Dialect::Extended;
+        if self.kind != CMD_WRITE && !(extended && self.has(CMD_FLAG_PAYLOAD_LEN)) {
+            return Ok(0);
+        }
+        match u32::try_from(self.len) {
+            // Without extended headers the specification has the server skip any length.
+            Ok(len) if !extended || len <= rules.longest_payload() => Ok(len),
+            _ => Err(StreamLost::Payload(self.len)),
+        }
+    }
+
+    fn refuse(&self, (errno, reason): Reason, skip: u32) -> Verdict {
+        Verdict::Refuse(Refusal {
+            cookie: self.cookie,
+            offset: self.offset,
+            errno,
+            reason,
+            skip,
+        })
+    }
 }
 
 type Reason = (Errno, &'static str);
 
 /// Judges one request.
-pub fn validate(bytes: &[u8; HEADER], rules: &Rules) -> Result<Verdict, StreamLost> {
-    let header = Header::parse(bytes)?;
+pub fn validate(header: &Header, rules: &Rules) -> Result<Verdict, StreamLost> {
+    let magic = match rules.dialect {
+        Dialect::Extended => EXTENDED_REQUEST_MAGIC,
+        Dialect::Simple | Dialect::Structured => REQUEST_MAGIC,
+    };
+    if header.magic != magic {
+        return Err(StreamLost::Magic(header.magic));
+    }
     if header.kind == CMD_DISC {
         return Ok(Verdict::Disconnect);
     }
-    Ok(match command(&header, rules) {
+    let payload = header.payload(rules)?;
+    if payload > 0 && header.kind == CMD_BLOCK_STATUS {
+        return Ok(match filter(header, payload, rules) {
+            Ok(filter) => Verdict::Filter(filter),
+            Err(reason) => header.refuse(reason, payload),
+        });
+    }
+    Ok(match command(header, rules) {
         Ok(command) => Verdict::Accept(Request {
             cookie: header.cookie,
             command,
         }),
-        Err((errno, reason)) => Verdict::Refuse(Refusal {
-            cookie: header.cookie,
-            errno,
-            reason,
-            skip: if header.kind == CMD_WRITE {
-                header.len
-            } else {
-                0
-            },
-        }),
+        Err(reason) => header.refuse(reason, payload),
     })
 }
 
@@ -192,22 +261,22 @@ fn command(header: &Header, rules: &Rules) -> Result<Command, Reason> {
     match kind {
         CMD_READ => {
             range(header, rules, Errno::Einval)?;
-            if len > rules.max_block {
-                // Without structured replies clients do not expect EOVERFLOW.
-                let errno = if rules.structured {
-                    Errno::Eoverflow
-                } else {
-                    Errno::Einval
-                };
-                return Err((errno, "longer than the largest read"));
-            }
-            Ok(Command::Read { offset, len })
+            // Without structured replies clients do not expect EOVERFLOW.
+            let too_long = if rules.dialect.chunks() {
+                Errno::Eoverflow
+            } else {
+                Errno::Einval
+            };
+            Ok(Command::Read {
+                offset,
+                len: transfer(len, rules).ok_or((too_long, "longer than the largest read"))?,
+                whole: header.has(CMD_FLAG_DF),
+            })
         }
         CMD_WRITE => {
             range(header, rules, Errno::Enospc)?;
-            if len > rules.max_block {
-                return Err((Errno::Einval, "longer than the largest write"));
-            }
+            let len =
+                transfer(len, rules).ok_or((Errno::Einval, "longer than the largest write"))?;
             Ok(Command::Write { offset, len, fua })
         }
         CMD_FLUSH => {
@@ -234,25 +303,47 @@ fn command(header: &Header, rules: &Rules) -> Result<Command, Reason> {
             Ok(Command::WriteZeroes { offset, len, how })
         }
         CMD_BLOCK_STATUS => {
-            if !rules.contexts {
-                return Err((Errno::Einval, "no metadata context was selected"));
+            // Reached with a payload only if that is empty, and then it names no context.
+            if header.has(CMD_FLAG_PAYLOAD_LEN) {
+                return Err((Errno::Einval, NO_FILTER));
             }
-            range(header, rules, Errno::Einval)?;
-            let one = header.has(CMD_FLAG_REQ_ONE);
-            Ok(Command::BlockStatus { offset, len, one })
+            status(header, rules, rules.contexts)
         }
         _ => Err((Errno::Einval, "unknown command")),
     }
 }
 
+fn status(header: &Header, rules: &Rules, contexts: ContextSet) -> Result<Command, Reason> {
+    if contexts.is_empty() {
+        return Err((Errno::Einval, "no metadata context was selected"));
+    }
+    range(header, rules, Errno::Einval)?;
+    Ok(Command::BlockStatus {
+        offset: header.offset,
+        len: header.len,
+        one: header.has(CMD_FLAG_REQ_ONE),
+        contexts,
+    })
+}
+
+/// The length of what is read or written, if it is allowed.
+fn transfer(len: u64, rules: &Rules) -> Option<u32> {
+    u32::try_from(len)
+        .ok()
+        .filter(|&len| len <= rules.max_block)
+}
+
 /// FUA is allowed on every command, where it was offered; the other flags on their own command only.
 fn flags(header: &Header, rules: &Rules) -> Result<(), Reason> {
     let mut allowed = match header.kind {
-        CMD_READ if rules.structured => CMD_FLAG_DF,
+        CMD_READ if rules.dialect.chunks() => CMD_FLAG_DF,
         CMD_WRITE_ZEROES => CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
         CMD_BLOCK_STATUS => CMD_FLAG_REQ_ONE,
         _ => 0,
     };
+    if rules.dialect == Dialect::Extended && matches!(header.kind, CMD_WRITE | CMD_BLOCK_STATUS) {
+        allowed |= CMD_FLAG_PAYLOAD_LEN;
+    }
     if !rules.read_only {
         allowed |= CMD_FLAG_FUA;
     }
@@ -267,7 +358,7 @@ fn range(header: &Header, rules: &Rules, beyond: Errno) -> Result<(), Reason> {
     if len == 0 {
         return Err((Errno::Einval, "empty range"));
     }
-    let end = match offset.checked_add(u64::from(len)) {
+    let end = match offset.checked_add(len) {
         Some(end) if end <= rules.size => end,
         _ => return Err((beyond, "beyond the end of the export")),
     };
@@ -276,6 +367,57 @@ fn range(header: &Header, rules: &Rules, beyond: Errno) -> Result<(), Reason> {
         return Err((Errno::Einval, "not aligned to the minimum block"));
     }
     Ok(())
+}
+
+/// A BLOCK_STATUS for some of the selected contexts. Its payload, [`Filter::payload`] bytes, holds the
+/// length of the range (64 bits) and the numbers of the contexts (32 bits each).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filter {
+    header: Header,
+    payload: u32,
+}
+
+const NO_FILTER: &str = "the payload is no length and numbers of contexts";
+
+fn filter(header: &Header, payload: u32, rules: &Rules) -> Result<Filter, Reason> {
+    flags(header, rules)?;
+    if !payload.is_multiple_of(4) || !(12..=8 + 4 * MAX_CONTEXTS as u32).contains(&payload) {
+        return Err((Errno::Einval, NO_FILTER));
+    }
+    Ok(Filter {
+        header: *header,
+        payload,
+    })
+}
+
+impl Filter {
+    /// Bytes of payload: at most 8 and 4 for each of [`MAX_CONTEXTS`].
+    pub fn payload(&self) -> usize {
+        self.payload as usize
+    }
+
+    /// Judges the request with its payload, which has been taken from the stream: accepts it, or
+    /// refuses it with nothing left to skip.
+    pub fn judge(&self, mut payload: &[u8], rules: &Rules) -> Verdict {
+        let invalid = |reason| self.header.refuse((Errno::Einval, reason), 0);
+        let Ok(len) = payload.try_get_u64() else {
+            return invalid(NO_FILTER);
+        };
+        let mut contexts = ContextSet::default();
+        while let Ok(number) = payload.try_get_u32() {
+            if !rules.contexts.contains(number) || !contexts.insert(number) {
+                return invalid("a context was not selected, or is named twice");
+            }
+        }
+        let header = Header { len, ..self.header };
+        match status(&header, rules, contexts) {
+            Ok(command) => Verdict::Accept(Request {
+                cookie: header.cookie,
+                command,
+            }),
+            Err(reason) => header.refuse(reason, 0),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -288,13 +430,13 @@ mod tests {
             read_only: false,
             min_block: 512,
             max_block: 64 << 10,
-            structured: true,
-            contexts: true,
+            dialect: Dialect::Structured,
+            contexts: ContextSet::from_iter([1, 2]),
         }
     }
 
-    fn raw(flags: u16, kind: u16, offset: u64, len: u32) -> [u8; HEADER] {
-        let mut bytes = [0; HEADER];
+    fn raw(flags: u16, kind: u16, offset: u64, len: u32) -> [u8; 28] {
+        let mut bytes = [0; 28];
         bytes[0..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         bytes[4..6].copy_from_slice(&flags.to_be_bytes());
         bytes[6..8].copy_from_slice(&kind.to_be_bytes());
@@ -304,18 +446,22 @@ mod tests {
         bytes
     }
 
+    fn judge(bytes: &[u8], rules: &Rules) -> Result<Verdict, StreamLost> {
+        validate(&Header::first(bytes, rules.dialect).unwrap(), rules)
+    }
+
     fn errno(rules: Rules, flags: u16, kind: u16, offset: u64, len: u32) -> Option<Errno> {
-        match validate(&raw(flags, kind, offset, len), &rules).unwrap() {
+        match judge(&raw(flags, kind, offset, len), &rules).unwrap() {
             Verdict::Accept(request) => {
                 assert_eq!(request.cookie, 77);
                 None
             }
             Verdict::Refuse(refusal) => {
-                assert_eq!(refusal.cookie, 77);
+                assert_eq!((refusal.cookie, refusal.offset), (77, offset));
                 assert_eq!(refusal.skip, if kind == CMD_WRITE { len } else { 0 });
                 Some(refusal.errno)
             }
-            Verdict::Disconnect => panic!("disconnect"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -323,12 +469,12 @@ mod tests {
     fn wrong_magic_loses_the_stream() {
         let mut bytes = raw(0, CMD_READ, 0, 512);
         bytes[0] ^= 1;
-        assert!(validate(&bytes, &rules()).is_err());
+        assert!(judge(&bytes, &rules()).is_err());
     }
 
     #[test]
     fn disconnect_is_never_refused() {
-        let verdict = validate(&raw(0xffff, CMD_DISC, 7, 7), &rules()).unwrap();
+        let verdict = judge(&raw(0xffff, CMD_DISC, 7, 7), &rules()).unwrap();
         assert_eq!(verdict, Verdict::Disconnect);
     }
 
@@ -373,7 +519,7 @@ mod tests {
         assert_eq!(errno(rules(), 0, CMD_TRIM, 0, over), None);
         assert_eq!(errno(rules(), 0, CMD_WRITE_ZEROES, 0, over), None);
         let simple = Rules {
-            structured: false,
+            dialect: Dialect::Simple,
             ..rules()
         };
         assert_eq!(errno(simple, 0, CMD_READ, 0, over), Some(Errno::Einval));
@@ -430,8 +576,8 @@ mod tests {
     #[test]
     fn what_was_not_negotiated_is_einval() {
         let plain = Rules {
-            structured: false,
-            contexts: false,
+            dialect: Dialect::Simple,
+            contexts: ContextSet::default(),
             ..rules()
         };
         assert_eq!(

@@ -16,6 +16,7 @@ use tracing::{debug, warn};
 use crate::connection::serve_connection;
 use crate::export::Directory;
 use crate::limits::Limits;
+use crate::tls::Tls;
 
 /// Pause after a failed accept: the usual reason, no file descriptors left, does not pass at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -24,6 +25,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Server<D> {
     directory: Arc<D>,
     limits: Limits,
+    tls: Tls,
     connections: Arc<Semaphore>,
 }
 
@@ -33,8 +35,14 @@ impl<D: Directory> Server<D> {
         Server {
             directory,
             limits,
+            tls: Tls::Off,
             connections: Arc::new(Semaphore::new(most)),
         }
+    }
+
+    /// The same server with STARTTLS, which [`Server::new`] does not offer.
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Server { tls, ..self }
     }
 
     /// Serves until `shutdown` is cancelled and the listener's connections have ended.
@@ -74,10 +82,10 @@ impl<D: Directory> Server<D> {
                     }
                 };
                 let (directory, limits) = (self.directory.clone(), self.limits);
-                let shutdown = shutdown.clone();
+                let (tls, shutdown) = (self.tls.clone(), shutdown.clone());
                 tasks.spawn(async move {
-                    if let Err(error) = serve_connection(stream, directory, limits, shutdown).await
-                    {
+                    let serving = serve_connection(stream, directory, limits, tls, shutdown);
+                    if let Err(error) = serving.await {
                         debug!(%error, "connection ended");
                     }
                     drop(permit);

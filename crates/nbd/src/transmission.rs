@@ -41,7 +41,7 @@ use crate::inbox::{INBOX, Inbox};
 use crate::inflight::InFlight;
 use crate::limits::Limits;
 use crate::replies::Replies;
-use crate::request::{Command, HEADER, Refusal, Request, StreamLost, Verdict, validate};
+use crate::request::{Command, Filter, Header, Refusal, Request, StreamLost, Verdict, validate};
 
 /// Replies worth a write of their own: more are not gathered while the socket takes them, so that the
 /// client works on these while the next are made. Smaller costs system calls, larger costs overlap.
@@ -67,7 +67,7 @@ where
     let mut pump = Pump {
         stream,
         inbox,
-        replies: Replies::new(&limits, session.rules.structured),
+        replies: Replies::new(&limits, session.rules.dialect),
         in_flight: InFlight::new(),
         session: Arc::new(session),
         intake: Intake::Header,
@@ -99,6 +99,8 @@ where
 /// What is being received.
 enum Intake {
     Header,
+    /// To be judged with its payload, which is short.
+    Filter(Filter),
     /// Valid; waits for the load to admit it.
     Admission(Request),
     /// Admitted; the payload is `len` bytes, of which the buffer's are there.
@@ -232,21 +234,28 @@ where
         loop {
             match &mut self.intake {
                 Intake::Header => {
-                    let Some(header) = self.inbox.data().first_chunk::<HEADER>() else {
+                    let rules = &self.session.rules;
+                    let Some(header) = Header::first(self.inbox.data(), rules.dialect) else {
                         return Need::Input;
                     };
                     // A refusal too needs a place in the load, as it leaves a reply.
                     if !self.replies.admits(0) {
                         return Need::Room;
                     }
-                    let verdict = validate(header, &self.session.rules);
-                    self.inbox.consume(HEADER);
+                    let verdict = validate(&header, rules);
+                    self.inbox.consume(rules.dialect.header());
                     match verdict {
-                        Ok(Verdict::Accept(request)) => self.intake = Intake::Admission(request),
-                        Ok(Verdict::Refuse(refusal)) => self.intake = Intake::Skip(refusal),
-                        Ok(Verdict::Disconnect) => self.end(Ending::Disconnect),
+                        Ok(verdict) => self.judged(verdict),
                         Err(lost) => self.end(Ending::Lost(lost)),
                     }
+                }
+                Intake::Filter(filter) => {
+                    let Some(payload) = self.inbox.data().get(..filter.payload()) else {
+                        return Need::Input;
+                    };
+                    let verdict = filter.judge(payload, &self.session.rules);
+                    self.inbox.consume(filter.payload());
+                    self.judged(verdict);
                 }
                 Intake::Admission(request) => {
                     let request = *request;
@@ -305,6 +314,15 @@ where
             if self.replies.bytes() >= gather {
                 return Need::Send;
             }
+        }
+    }
+
+    fn judged(&mut self, verdict: Verdict) {
+        match verdict {
+            Verdict::Accept(request) => self.intake = Intake::Admission(request),
+            Verdict::Filter(filter) => self.intake = Intake::Filter(filter),
+            Verdict::Refuse(refusal) => self.intake = Intake::Skip(refusal),
+            Verdict::Disconnect => self.end(Ending::Disconnect),
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use whimbrel_nbd::spec::*;
 use whimbrel_nbd::{
-    Directory, Errno, Export, ExportInfo, INBOX, Limits, OpenError, StatusRun, ZeroHow,
+    Directory, Errno, Export, ExportInfo, INBOX, Limits, OpenError, StatusRun, Tls, ZeroHow,
     serve_connection,
 };
 
@@ -196,7 +196,7 @@ fn serve(said: Vec<u8>, listens: bool) -> usize {
     runtime.block_on(async {
         let (ours, theirs) = duplex(PIPE);
         let shutdown = CancellationToken::new();
-        let serving = serve_connection(theirs, Arc::new(Voids), limits, shutdown);
+        let serving = serve_connection(theirs, Arc::new(Voids), limits, Tls::Off, shutdown);
         let server = tokio::spawn(serving);
         let (mut hears, mut says) = split(ours);
         let talk = async {

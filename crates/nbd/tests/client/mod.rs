@@ -6,7 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use whimbrel_nbd::spec::*;
-use whimbrel_nbd::{Directory, Limits, ServeError, serve_connection};
+use whimbrel_nbd::{Directory, Limits, ServeError, Tls, serve_connection};
 
 pub struct Client {
     pub stream: DuplexStream,
@@ -52,7 +52,7 @@ impl Client {
     pub fn connect<D: Directory>(directory: Arc<D>, limits: Limits) -> Client {
         let (stream, theirs) = duplex(64 << 10);
         let shutdown = CancellationToken::new();
-        let serving = serve_connection(theirs, directory, limits, shutdown.clone());
+        let serving = serve_connection(theirs, directory, limits, Tls::Off, shutdown.clone());
         Client {
             stream,
             server: tokio::spawn(serving),
