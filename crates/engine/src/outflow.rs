@@ -266,7 +266,8 @@ impl Outflow {
         outcome
     }
 
-    /// The next demanded units, at most `max`.
+    /// The next demanded units, at most `max`. What is left of the demand goes behind the others: a page
+    /// that a virtual CPU waits for does not wait for a file read ahead.
     pub fn next_demand(&mut self, max: u64) -> Option<Batch> {
         while let Some((space, extent)) = self.demands.pop_front() {
             let s = self.at(space);
@@ -288,7 +289,7 @@ impl Outflow {
             }
             runs.retain(|r| s.pending.contains_all(*r));
             if let Some(rest) = rest {
-                self.demands.push_front((space, rest));
+                self.demands.push_back((space, rest));
             }
             if !runs.is_empty() {
                 return Some(self.take(space, Class::Demand, runs));

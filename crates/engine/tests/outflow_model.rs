@@ -153,6 +153,20 @@ fn a_demand_overtakes_push_and_brings_its_neighbours() {
 }
 
 #[test]
+fn demands_take_turns() {
+    let mut out = Outflow::new(spaces());
+    out.offer(DISK, Extent::new(0, UNITS));
+    out.demand(DISK, Extent::new(0, 20));
+    out.demand(DISK, Extent::unit(40));
+    let turns: Vec<_> = std::iter::from_fn(|| out.next_demand(8))
+        .map(|batch| batch.runs[0])
+        .collect();
+    let asked_last = Extent::unit(40);
+    let (first, second, third) = (Extent::new(0, 8), Extent::new(8, 8), Extent::new(16, 4));
+    assert_eq!(turns, [first, asked_last, second, third]);
+}
+
+#[test]
 fn a_demand_for_an_empty_unit_is_answered_as_zero() {
     let mut out = Outflow::new(spaces());
     out.offer(DISK, Extent::new(0, 4));

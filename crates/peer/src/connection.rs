@@ -24,6 +24,7 @@ use tokio_rustls::TlsStream;
 use whimbrel_wire::frame::{self, Decoder, Frame, FrameError, HEADER_LEN, Kind};
 
 use crate::error::{Direction, PeerError};
+use crate::gauge::Gauge;
 use crate::hello::Speaker;
 use crate::socket::SocketReport;
 use crate::trust::PeerName;
@@ -108,6 +109,12 @@ impl Connection {
     /// How the socket is set up.
     pub fn sockets(&self) -> &SocketReport {
         &self.sockets
+    }
+
+    /// A view of the socket for whoever paces what is sent. It fails where the process may open no
+    /// more files.
+    pub fn gauge(&self) -> io::Result<Gauge> {
+        Gauge::new(self.stream.get_ref().0, &self.sockets.congestion)
     }
 
     /// The two directions, to be owned by a task each.

@@ -27,6 +27,7 @@ pub mod connection;
 pub mod dial;
 mod durable;
 pub mod error;
+pub mod gauge;
 pub mod hello;
 pub mod identity;
 pub mod key_id;

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -265,6 +265,9 @@ async fn push_out(
 ) -> Result<(), LaneError> {
     let connection = life.gear.dialler.dial(Class::Push(number)).await?;
     tracing::debug!(push = number, sockets = ?connection.sockets(), "push connection");
+    // Without it the governor goes by what it let go.
+    let gauge = connection.gauge().ok();
+    let _watched = gauge.map(|gauge| life.governor.watch(gauge));
     let (mut sender, mut receiver) = connection.split();
     let flow = life.gear.flow.clone();
     let sending = async {
@@ -352,7 +355,7 @@ async fn control_in(
                 // Full only if the peer pings faster than it reads answers.
                 let _ = pongs.try_send(payload);
             }
-            Heard::Pong(Some(rtt)) => life.governor.pong(rtt, PING_EVERY),
+            Heard::Pong(Some(rtt)) => life.governor.pong(rtt, Instant::now()),
             Heard::Pong(None) => {}
             Heard::Units(_) => return Err(LaneError::OutOfPlace { said: "units" }),
             Heard::Message(Message::Demand { space, runs }) => flow.demand(space, &runs),

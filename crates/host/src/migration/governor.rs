@@ -1,42 +1,82 @@
 //! Keeps push from filling the link's queue.
 //!
 //! Whatever lies in a queue on the way is ahead of the next demand. TCP fills that queue: with loss-based
-//! congestion control to its end, with BBR up to a round trip's worth. So push is paced a little below what
-//! the link takes, and what the link takes is found by watching the round trip of pings on the control
-//! connection: more than the smallest ever seen means that something queues.
+//! congestion control to its end, with BBR up to a round trip's worth. So push is paced to what the link
+//! takes, and what the link takes is found by two measures at each ping on the control connection: how much
+//! longer the ping took than the quickest of late, which is the queue, and how many bytes the far side has
+//! acknowledged lately, which is what the link carries.
 //!
 //! ```text
-//!   queue  = least of the last few round trips - smallest ever seen
-//!   error  = (TARGET - queue - DAMPING * growth of queue) / TARGET, within -1..1
-//!   rate  += rate * GAIN * error                              each ping
+//!   queue     = lesser of the last two round trips - least of the last half minute
+//!   carries   = acknowledged bytes a second: raised at once; lowered, by an average, only while there is a
+//!               queue and the link carried another amount than was sent, a round trip before
+//!   rate      = carries * (1 + (TARGET - queue) / horizon)
 //! ```
 //!
-//! The queue is itself the sum of past excess, so a rate steered by the queue alone swings: too much until
-//! the queue is seen, too little until it is gone. The damping steers by where the queue is going.
+//! The queue is the sum of past excess, so this drains what is above the target within about the horizon,
+//! and adds little while the news of it is under way: a rate that is changed by the queue alone swings, too
+//! much until the queue is seen, too little until it is gone. The lesser of two, because a ping may wait for
+//! a busy CPU, which is no queue. A small standing queue is the aim, not none: an empty one means that the
+//! link idles.
 //!
-//! The least of the last few, because a ping may wait behind a demand or for a busy CPU, and neither is a
-//! queue. A small standing queue is the aim, not none: an empty one means that the link idles.
+//! Traps. Lowered whenever there is a queue, `carries` would follow the rate and the rate follow it, down
+//! to nothing, for a delay that is none of our doing. With a queue always there the least round trip is
+//! never met, and a route that became longer would look like a queue for ever: so now and then push holds
+//! back until the queue must be gone, and what was least before that is forgotten after a few times. And
+//! whoever has nothing to send learns nothing about the link: then the rate stays.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use whimbrel_engine::space::UNIT;
+use whimbrel_peer::gauge::Gauge;
 use whimbrel_peer::pace::{Pace, Rate};
 use whimbrel_wire::units::MAX_UNITS;
 
-/// The standing queue aimed at.
-const TARGET: Duration = Duration::from_millis(10);
+/// The standing queue aimed at, in seconds.
+const TARGET: f64 = 0.008;
 
-/// Pings looked back on.
-const WINDOW: usize = 4;
+/// A queue below this may be a mere delay of the measuring.
+const NOTHING: f64 = 0.002;
 
-/// Largest change of the rate by one ping; larger at the beginning, until the link's rate was met.
-const GAIN: f64 = 0.03;
-const GAIN_FIRST: f64 = 0.08;
+/// How long what is above the target takes to drain: at least the first, and so many times as long as news
+/// of a change takes to come back.
+const HORIZON: f64 = 0.25;
+const HORIZON_NEWS: f64 = 2.5;
 
-/// How much the queue's growth from one ping to the next counts.
-const DAMPING: f64 = 6.0;
+/// How late news is besides the round trip: the pings' distance, twice.
+const NEWS: f64 = 0.1;
+
+/// Bounds of the correction.
+const LEAST_FACTOR: f64 = 0.5;
+const MOST_FACTOR: f64 = 1.03;
+
+/// Growth by one ping, on links where news is quick, until the link's rate has been met; and again when
+/// push did what it was allowed and pings without a queue were so many more than those with one: the link
+/// has become faster.
+const GROWTH: f64 = 1.08;
+const QUIET: u32 = 30;
+
+/// How much one ping's measure moves the average.
+const WEIGHT: f64 = 0.2;
+
+/// What was carried is as much as was sent if they differ by no more than this share.
+const SAME: f64 = 0.03;
+
+/// Time over which bytes are counted, in seconds: long enough that single acknowledgements, which come in
+/// bursts, do not matter.
+const WINDOW: f64 = 0.25;
+
+/// Counts kept at most: those of a window and of a round trip of 30 s before it. On a longer one the rate
+/// stays as it is.
+const COUNTS: usize = 620;
+
+/// How often push holds back for the queue to empty, by how much, and after how many such times a least
+/// round trip is forgotten.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+const LOOK_FACTOR: f64 = 0.7;
+const LOOKS: usize = 3;
 
 /// Bytes a second to begin with, and never less.
 const FIRST: f64 = 500e3;
@@ -44,7 +84,7 @@ const LEAST: f64 = 125e3;
 
 /// A frame of push takes this long at the rate, within limits: frames leave whole, and one that took longer
 /// would itself be the queue.
-const FRAME: f64 = 0.006;
+const FRAME: f64 = 0.004;
 
 /// Never more: by then no queue forms that anybody would notice.
 const MOST: f64 = 5e9;
@@ -53,33 +93,193 @@ const MOST: f64 = 5e9;
 pub struct Governor {
     pace: Pace,
     inner: Mutex<Inner>,
+    gauges: Mutex<Vec<Arc<Gauge>>>,
+}
+
+/// What was counted at a ping.
+#[derive(Clone, Copy)]
+struct Count {
+    at: Instant,
+    acknowledged: u64,
+    admitted: u64,
 }
 
 struct Inner {
     rate: f64,
-    least: Option<Duration>,
-    window: VecDeque<Duration>,
-    /// Seconds of queue at the last ping.
-    queue: f64,
-    /// The link's rate was met once.
-    met: bool,
-    /// Bytes admitted at the last ping: a rate that is not used must not grow.
-    admitted: u64,
+    /// What the link carries, in bytes a second; `None` until it was met.
+    carries: Option<f64>,
+    /// Least round trips between looks, the newest last; at most `LOOKS`.
+    least: VecDeque<Duration>,
+    before: Duration,
+    counts: VecDeque<Count>,
+    /// Pings without a queue, less three times those with one.
+    quiet: u32,
+    looked: Option<Instant>,
+    /// Holding back until then.
+    looking: Option<Instant>,
+}
+
+/// What the last window gave, in bytes a second.
+struct Measure {
+    carried: f64,
+    /// Let go over the window that was carried, a round trip before.
+    sent: f64,
+    /// Let go over the window itself.
+    used: f64,
+}
+
+impl Inner {
+    fn new() -> Inner {
+        Inner {
+            rate: FIRST,
+            carries: None,
+            least: VecDeque::with_capacity(LOOKS),
+            before: Duration::MAX,
+            counts: VecDeque::new(),
+            quiet: 0,
+            looked: None,
+            looking: None,
+        }
+    }
+
+    /// Seconds of the least round trip and of the queue, by a round trip that was just seen.
+    fn queue(&mut self, rtt: Duration) -> (f64, f64) {
+        match self.least.back_mut() {
+            Some(least) => *least = rtt.min(*least),
+            None => self.least.push_back(rtt),
+        }
+        let least = self.least.iter().min().copied().unwrap_or(rtt);
+        let lately = rtt.min(self.before);
+        self.before = rtt;
+        let queue = lately.saturating_sub(least).as_secs_f64();
+        (least.as_secs_f64(), queue)
+    }
+
+    /// The last count made no later than `seconds` before `now`, or the first there is.
+    fn count_before(&self, now: Instant, seconds: f64) -> Count {
+        let wanted = Duration::from_secs_f64(seconds);
+        let is_later = |count: &Count| now.saturating_duration_since(count.at) < wanted;
+        let later = self.counts.partition_point(|count| !is_later(count));
+        self.counts[later.saturating_sub(1)]
+    }
+
+    fn measure(&mut self, count: Count, least: f64) -> Option<Measure> {
+        self.counts.push_back(count);
+        let enough = Duration::from_secs_f64(least + WINDOW);
+        while self.counts.len() > COUNTS
+            || (self.counts.get(1))
+                .is_some_and(|c| count.at.saturating_duration_since(c.at) >= enough)
+        {
+            self.counts.pop_front();
+        }
+        if count.at.saturating_duration_since(self.counts[0].at) < enough {
+            return None;
+        }
+        let first = self.count_before(count.at, WINDOW);
+        let over =
+            |from: &Count, to: &Count| to.at.saturating_duration_since(from.at).as_secs_f64();
+        let window = over(&first, &count);
+        let end = self.count_before(count.at, least);
+        let begin = self.count_before(count.at, least + window);
+        let then = over(&begin, &end);
+        if window <= 0.0 || then <= 0.0 {
+            return None;
+        }
+        let bytes = |from: u64, to: u64| to.saturating_sub(from) as f64;
+        Some(Measure {
+            carried: bytes(first.acknowledged, count.acknowledged) / window,
+            sent: bytes(begin.admitted, end.admitted) / then,
+            used: bytes(first.admitted, count.admitted) / window,
+        })
+    }
+
+    fn steer(&mut self, rtt: Duration, count: Count) {
+        let (least, queue) = self.queue(rtt);
+        let looked = *self.looked.get_or_insert(count.at);
+        match self.looking {
+            Some(until) if count.at < until => return,
+            Some(_) => {
+                self.looking = None;
+                // What was held back is no measure of the link.
+                self.counts.clear();
+            }
+            None => {}
+        }
+        let Some(measure) = self.measure(count, least) else {
+            return;
+        };
+        if measure.used < 0.7 * self.rate {
+            return;
+        }
+        self.quiet = if queue < TARGET / 2.0 {
+            self.quiet + 1
+        } else {
+            self.quiet.saturating_sub(3)
+        };
+        let carried = measure.carried;
+        let differs = (measure.sent - carried).abs() > SAME * carried;
+        match self.carries {
+            Some(carries) if queue > NOTHING && differs => {
+                self.carries = Some(carries + WEIGHT * (carried - carries));
+            }
+            Some(carries) => self.carries = Some(carries.max(carried)),
+            None if queue > TARGET => {
+                self.carries = Some(carried);
+                self.quiet = 0;
+            }
+            None => {}
+        }
+        let news = least + NEWS;
+        let rate = match self.carries {
+            Some(carries) if self.quiet < QUIET => {
+                let factor = 1.0 + (TARGET - queue) / HORIZON.max(HORIZON_NEWS * news);
+                carries * factor.clamp(LEAST_FACTOR, MOST_FACTOR)
+            }
+            _ => {
+                self.carries = None;
+                self.rate * GROWTH.powf((0.15 / news).min(1.0))
+            }
+        };
+        self.rate = rate.clamp(LEAST, MOST);
+        if self.carries.is_some() && count.at.saturating_duration_since(looked) > LOOK_EVERY {
+            self.looked = Some(count.at);
+            // The queue drains by what is held back, and a ping must see it.
+            let empty = queue / (1.0 - LOOK_FACTOR) + least + NEWS;
+            self.looking = Some(count.at + Duration::from_secs_f64(empty));
+            if self.least.len() == LOOKS {
+                self.least.pop_front();
+            }
+            self.least.push_back(Duration::MAX);
+        }
+    }
+
+    fn pace(&self) -> Rate {
+        let factor = if self.looking.is_some() {
+            LOOK_FACTOR
+        } else {
+            1.0
+        };
+        Rate::PerSecond((self.rate * factor) as u64)
+    }
 }
 
 impl Governor {
     pub fn under(limit: &Pace) -> Self {
+        let inner = Inner::new();
         Governor {
-            pace: limit.under(Rate::PerSecond(FIRST as u64)),
-            inner: Mutex::new(Inner {
-                rate: FIRST,
-                least: None,
-                window: VecDeque::with_capacity(WINDOW),
-                queue: 0.0,
-                met: false,
-                admitted: 0,
-            }),
+            pace: limit.under(inner.pace()),
+            inner: Mutex::new(inner),
+            gauges: Mutex::default(),
         }
+    }
+
+    // No code under these locks can panic half-way.
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder of this lock panics")
+    }
+
+    fn gauges(&self) -> MutexGuard<'_, Vec<Arc<Gauge>>> {
+        self.gauges.lock().expect("no holder of this lock panics")
     }
 
     /// What push waits for and demand is charged to.
@@ -89,40 +289,62 @@ impl Governor {
 
     /// Units that a frame of push may have now.
     pub fn frame_units(&self) -> u64 {
-        let rate = self
-            .inner
-            .lock()
-            .expect("no holder of this lock panics")
-            .rate;
+        let rate = self.inner().rate;
         ((rate * FRAME / UNIT as f64) as u64).clamp(1, MAX_UNITS)
     }
 
-    /// A ping came back after `rtt`; the one before it `since` ago.
-    pub fn pong(&self, rtt: Duration, since: Duration) {
-        let mut inner = self.inner.lock().expect("no holder of this lock panics");
+    /// Counts what a push connection carries, until the answer is dropped.
+    pub fn watch(&self, gauge: Gauge) -> Watched<'_> {
+        let gauge = Arc::new(gauge);
+        self.gauges().push(gauge.clone());
+        self.inner().counts.clear();
+        Watched {
+            governor: self,
+            gauge,
+        }
+    }
+
+    /// A ping came back after `rtt`.
+    pub fn pong(&self, rtt: Duration, now: Instant) {
         let admitted = self.pace.admitted();
-        let used = admitted.saturating_sub(inner.admitted) as f64;
-        inner.admitted = admitted;
-        let least = inner.least.map_or(rtt, |least| least.min(rtt));
-        inner.least = Some(least);
-        if inner.window.len() == WINDOW {
-            inner.window.pop_front();
-        }
-        inner.window.push_back(rtt);
-        let lately = inner.window.iter().min().copied().unwrap_or(rtt);
-        let queue = lately.saturating_sub(least).as_secs_f64();
-        let growth = queue - inner.queue;
-        inner.queue = queue;
-        let target = TARGET.as_secs_f64();
-        let error = ((target - queue - DAMPING * growth) / target).clamp(-1.0, 1.0);
-        let idle = used < inner.rate * since.as_secs_f64() * 0.5;
-        if error > 0.0 && idle {
-            return;
-        }
-        inner.met |= queue > target;
-        let gain = if inner.met { GAIN } else { GAIN_FIRST };
-        inner.rate = (inner.rate * (1.0 + gain * error)).clamp(LEAST, MOST);
-        self.pace.set_rate(Rate::PerSecond(inner.rate as u64));
+        // A kernel that does not tell leaves what was let go as the measure: less exact, never stuck.
+        let acknowledged = {
+            let gauges = self.gauges();
+            gauges.iter().for_each(|gauge| gauge.keep_going(now));
+            gauges.iter().map(|gauge| gauge.acknowledged()).sum()
+        };
+        self.steer(
+            rtt,
+            Count {
+                at: now,
+                acknowledged: Option::unwrap_or(acknowledged, admitted),
+                admitted,
+            },
+        );
+    }
+
+    fn steer(&self, rtt: Duration, count: Count) {
+        let pace = {
+            let mut inner = self.inner();
+            inner.steer(rtt, count);
+            inner.pace()
+        };
+        self.pace.set_rate(pace);
+    }
+}
+
+/// A push connection that is counted.
+pub struct Watched<'a> {
+    governor: &'a Governor,
+    gauge: Arc<Gauge>,
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.governor
+            .gauges()
+            .retain(|gauge| !Arc::ptr_eq(gauge, &self.gauge));
+        self.governor.inner().counts.clear();
     }
 }
 
@@ -130,38 +352,144 @@ impl Governor {
 mod tests {
     use super::*;
 
-    /// A link of a fixed rate with a queue, push as fast as the governor lets it.
-    fn drive(link: f64, rtt: Duration, seconds: f64) -> (f64, f64) {
-        let limit = Pace::new(Rate::Unlimited);
-        let governor = Governor::under(&limit);
-        let step = 0.05;
-        let (mut queue, mut carried, mut worst) = (0.0f64, 0.0, 0.0f64);
-        let mut time = 0.0;
-        while time < seconds {
-            let Rate::PerSecond(rate) = governor.pace().rate() else {
-                panic!("a governor always has a rate");
-            };
-            let sent = rate as f64 * step;
-            governor.pace().charge(sent as u64);
-            let left = (queue + sent - link * step).max(0.0);
-            carried += queue + sent - left;
-            queue = left;
-            let seen = rtt + Duration::from_secs_f64(queue / link);
-            governor.pong(seen, Duration::from_secs_f64(step));
-            if time > 5.0 {
-                worst = worst.max(queue / link);
+    /// What a while on a link gave.
+    #[derive(Debug, Default)]
+    struct Outcome {
+        /// Share of the link that was used.
+        used: f64,
+        /// Seconds of queue, the longest and the average, once the link's rate had been met.
+        worst: f64,
+        mean: f64,
+    }
+
+    /// A link of a fixed rate with a queue, and pings and acknowledgements that come a round trip late.
+    struct Link {
+        rate: f64,
+        rtt: f64,
+        queue: f64,
+        time: f64,
+        /// `(time, acknowledged, round trip)`, yet to be heard of.
+        late: VecDeque<(f64, f64, f64)>,
+        carried: f64,
+    }
+
+    const STEP: f64 = 0.05;
+
+    impl Link {
+        fn new(rate: f64, rtt: f64) -> Link {
+            Link {
+                rate,
+                rtt,
+                queue: 0.0,
+                time: 0.0,
+                late: VecDeque::new(),
+                carried: 0.0,
             }
-            time += step;
         }
-        (carried / (link * seconds), worst)
+
+        fn run(&mut self, governor: &Governor, begin: Instant, seconds: f64) -> Outcome {
+            let mut outcome = Outcome::default();
+            let (carried, until, mut steps) = (self.carried, self.time + seconds, 0.0);
+            let settled = self.time + 5.0;
+            while self.time < until {
+                let Rate::PerSecond(rate) = governor.pace().rate() else {
+                    panic!("a governor always has a rate");
+                };
+                let sent = rate as f64 * STEP;
+                governor.pace().charge(sent as u64);
+                let left = (self.queue + sent - self.rate * STEP).max(0.0);
+                self.carried += self.queue + sent - left;
+                self.queue = left;
+                self.time += STEP;
+                let wait = self.queue / self.rate;
+                let rtt = self.rtt + wait;
+                self.late.push_back((self.time + rtt, self.carried, rtt));
+                while let Some(&(at, acknowledged, rtt)) = self.late.front()
+                    && at <= self.time
+                {
+                    self.late.pop_front();
+                    let count = Count {
+                        at: begin + Duration::from_secs_f64(self.time),
+                        acknowledged: acknowledged as u64,
+                        admitted: governor.pace().admitted(),
+                    };
+                    governor.steer(Duration::from_secs_f64(rtt), count);
+                }
+                if self.time > settled {
+                    outcome.worst = outcome.worst.max(wait);
+                    outcome.mean += wait;
+                    steps += 1.0;
+                }
+            }
+            outcome.used = (self.carried - carried) / (self.rate * seconds);
+            outcome.mean /= steps;
+            outcome
+        }
+    }
+
+    fn governor() -> (Governor, Instant) {
+        let limit = Pace::new(Rate::Unlimited);
+        (Governor::under(&limit), Instant::now())
     }
 
     #[test]
     fn the_link_is_filled_and_its_queue_stays_short() {
-        for (link, rtt) in [(1.25e6, 300), (12.5e6, 40), (125e6, 10)] {
-            let (used, worst) = drive(link, Duration::from_millis(rtt), 60.0);
-            assert!(used > 0.93, "{link} B/s: only {used:.3} of the link used");
-            assert!(worst < 0.04, "{link} B/s: {worst:.3} s queued");
+        for (rate, rtt) in [
+            (1.25e6, 0.3),
+            (12.5e6, 0.04),
+            (12.5e6, 0.002),
+            (125e6, 0.01),
+        ] {
+            let (governor, begin) = governor();
+            let mut link = Link::new(rate, rtt);
+            link.run(&governor, begin, 10.0);
+            let outcome = link.run(&governor, begin, 60.0);
+            assert!(outcome.used > 0.95, "{rate} B/s, {rtt} s: {outcome:?}");
+            assert!(outcome.worst < 0.03, "{rate} B/s, {rtt} s: {outcome:?}");
+            assert!(outcome.mean < 0.015, "{rate} B/s, {rtt} s: {outcome:?}");
         }
+    }
+
+    #[test]
+    fn a_link_that_becomes_slower_or_faster_is_followed() {
+        let (governor, begin) = governor();
+        let mut link = Link::new(12.5e6, 0.04);
+        link.run(&governor, begin, 20.0);
+        link.rate = 4e6;
+        link.run(&governor, begin, 10.0);
+        let slower = link.run(&governor, begin, 30.0);
+        assert!(slower.used > 0.94 && slower.worst < 0.04, "{slower:?}");
+        link.rate = 40e6;
+        link.run(&governor, begin, 20.0);
+        let faster = link.run(&governor, begin, 30.0);
+        assert!(faster.used > 0.94 && faster.worst < 0.04, "{faster:?}");
+    }
+
+    #[test]
+    fn a_route_that_becomes_longer_is_no_queue_for_ever() {
+        let (governor, begin) = governor();
+        let mut link = Link::new(12.5e6, 0.02);
+        link.run(&governor, begin, 20.0);
+        link.rtt = 0.08;
+        link.run(&governor, begin, 50.0);
+        let after = link.run(&governor, begin, 30.0);
+        assert!(after.used > 0.9, "{after:?}");
+    }
+
+    #[test]
+    fn who_sends_little_keeps_the_rate_it_had() {
+        let (governor, begin) = governor();
+        let mut link = Link::new(12.5e6, 0.04);
+        link.run(&governor, begin, 20.0);
+        let before = governor.inner().rate;
+        for step in 0..1000 {
+            let count = Count {
+                at: begin + Duration::from_secs_f64(30.0 + f64::from(step) * STEP),
+                acknowledged: link.carried as u64,
+                admitted: governor.pace().admitted(),
+            };
+            governor.steer(Duration::from_millis(40), count);
+        }
+        assert_eq!(governor.inner().rate, before);
     }
 }
