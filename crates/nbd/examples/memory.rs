@@ -1,6 +1,7 @@
 //! Serves a sparse memory disk on a Unix socket: `memory SOCKET BYTES`. Ctrl-C ends it.
 
 #[path = "../tests/memory/mod.rs"]
+#[allow(dead_code)]
 mod memory;
 
 use std::process::ExitCode;

@@ -27,6 +27,20 @@ pub async fn execute<D: Directory>(
     command: Command,
     payload: Bytes,
 ) -> Result<Answer, Errno> {
+    let answer = serve(&session, command, payload).await;
+    match (&answer, command) {
+        // The one place where the protocol knows this error.
+        (Err(Errno::Enotsup), Command::WriteZeroes { how, .. }) if how.fast => answer,
+        (Err(Errno::Enotsup), _) => Err(Errno::Eio),
+        _ => answer,
+    }
+}
+
+async fn serve<D: Directory>(
+    session: &Session<D>,
+    command: Command,
+    payload: Bytes,
+) -> Result<Answer, Errno> {
     let export = &*session.opened.export;
     match command {
         Command::Read { offset, len, whole } => {
@@ -49,11 +63,7 @@ pub async fn execute<D: Directory>(
         Command::Trim { offset, len, fua } => done(export.trim(offset, len, fua).await),
         Command::Cache { offset, len } => done(export.cache(offset, len).await),
         Command::WriteZeroes { offset, len, how } => {
-            match export.write_zeroes(offset, len, how).await {
-                // The one place where the protocol knows this error.
-                Err(Errno::Enotsup) if how.fast => Err(Errno::Enotsup),
-                other => done(other),
-            }
+            done(export.write_zeroes(offset, len, how).await)
         }
         Command::BlockStatus {
             offset,
@@ -107,11 +117,7 @@ impl Answer {
 }
 
 fn done(result: Result<(), Errno>) -> Result<Answer, Errno> {
-    match result {
-        Ok(()) => Ok(Answer::Done),
-        Err(Errno::Enotsup) => Err(Errno::Eio),
-        Err(errno) => Err(errno),
-    }
+    result.map(|()| Answer::Done)
 }
 
 /// The frames of a reply, each with whether it is the last.

@@ -7,7 +7,7 @@ mod memory;
 
 use std::sync::Arc;
 
-use client::{Client, go, option};
+use client::{Client, contexts, go, option};
 use memory::{Memory, Shelf};
 use tokio::io::AsyncWriteExt;
 use whimbrel_nbd::spec::*;
@@ -35,29 +35,6 @@ fn shelf() -> Arc<Shelf<Memory>> {
 
 async fn greet() -> Client {
     Client::greet(shelf(), Limits::default(), 3).await
-}
-
-async fn kinds(client: &mut Client, bytes: &[u8]) -> Vec<u32> {
-    client.send(bytes).await;
-    let mut kinds = Vec::new();
-    loop {
-        let (_, kind, _) = client.option_reply().await;
-        kinds.push(kind);
-        if kind == REP_ACK || kind >= REP_ERR_UNSUP {
-            return kinds;
-        }
-    }
-}
-
-fn contexts(kind: u32, name: &str, queries: &[&str]) -> Vec<u8> {
-    let mut data = (name.len() as u32).to_be_bytes().to_vec();
-    data.extend(name.as_bytes());
-    data.extend((queries.len() as u32).to_be_bytes());
-    for query in queries {
-        data.extend((query.len() as u32).to_be_bytes());
-        data.extend(query.as_bytes());
-    }
-    option(kind, &data)
 }
 
 #[tokio::test]
@@ -105,10 +82,7 @@ async fn bytes_that_are_no_option_end_the_session() {
 async fn abort_is_acknowledged_whatever_it_carries() {
     for data in [&b""[..], b"bye", &[7; 100_000]] {
         let mut client = greet().await;
-        assert_eq!(
-            kinds(&mut client, &option(OPT_ABORT, data)).await,
-            [REP_ACK]
-        );
+        assert_eq!(client.kinds(&option(OPT_ABORT, data)).await, [REP_ACK]);
         client.end().await.unwrap();
     }
 }
@@ -128,17 +102,17 @@ async fn every_bad_option_is_answered_and_the_next_one_understood() {
         (go("broken"), REP_ERR_POLICY),
         (contexts(OPT_LIST_META_CONTEXT, "a", &[]), REP_ERR_INVALID),
     ] {
-        assert_eq!(kinds(&mut client, &bytes).await, [expected]);
+        assert_eq!(client.kinds(&bytes).await, [expected]);
     }
-    let list = kinds(&mut client, &option(OPT_LIST, b"")).await;
+    let list = client.kinds(&option(OPT_LIST, b"")).await;
     assert_eq!(list, [REP_SERVER, REP_SERVER, REP_SERVER, REP_ACK]);
-    assert_eq!(kinds(&mut client, &go("a")).await, [REP_INFO, REP_ACK]);
+    assert_eq!(client.kinds(&go("a")).await, [REP_INFO, REP_ACK]);
 }
 
 #[tokio::test]
 async fn context_queries_select_by_name_and_list_by_namespace() {
     let mut client = greet().await;
-    kinds(&mut client, &option(OPT_STRUCTURED_REPLY, b"")).await;
+    client.kinds(&option(OPT_STRUCTURED_REPLY, b"")).await;
     for (kind, queries, found) in [
         (OPT_LIST_META_CONTEXT, &[][..], 2),
         (OPT_LIST_META_CONTEXT, &["base:"], 1),
@@ -156,13 +130,13 @@ async fn context_queries_select_by_name_and_list_by_namespace() {
             1,
         ),
     ] {
-        let got = kinds(&mut client, &contexts(kind, "a", queries)).await;
+        let got = client.kinds(&contexts(kind, "a", queries)).await;
         let mut expected = vec![REP_META_CONTEXT; found];
         expected.push(REP_ACK);
         assert_eq!(got, expected, "{kind} {queries:?}");
     }
     let unknown = contexts(OPT_SET_META_CONTEXT, "nowhere", &["base:allocation"]);
-    assert_eq!(kinds(&mut client, &unknown).await, [REP_ERR_UNKNOWN]);
+    assert_eq!(client.kinds(&unknown).await, [REP_ERR_UNKNOWN]);
 }
 
 #[tokio::test]
@@ -172,14 +146,11 @@ async fn contexts_set_for_another_export_or_by_a_failed_option_do_not_count() {
         contexts(OPT_SET_META_CONTEXT, "a", &["no namespace"]),
     ] {
         let mut client = greet().await;
-        kinds(&mut client, &option(OPT_STRUCTURED_REPLY, b"")).await;
+        client.kinds(&option(OPT_STRUCTURED_REPLY, b"")).await;
         let first = contexts(OPT_SET_META_CONTEXT, "a", &["base:allocation"]);
-        assert_eq!(
-            kinds(&mut client, &first).await,
-            [REP_META_CONTEXT, REP_ACK]
-        );
-        kinds(&mut client, &second).await;
-        kinds(&mut client, &go("a")).await;
+        assert_eq!(client.kinds(&first).await, [REP_META_CONTEXT, REP_ACK]);
+        client.kinds(&second).await;
+        client.kinds(&go("a")).await;
         let status = client::request(CMD_BLOCK_STATUS, 0, 5, 0, 512);
         client.send(&status).await;
         assert_eq!(client.read_u32().await, STRUCTURED_REPLY_MAGIC);

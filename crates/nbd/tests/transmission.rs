@@ -1,5 +1,6 @@
 //! The transmission phase against an export whose requests the test holds back and lets go.
 
+#[allow(dead_code)]
 mod client;
 #[allow(dead_code)]
 mod memory;

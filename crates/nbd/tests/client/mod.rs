@@ -22,6 +22,16 @@ pub struct Reply {
     pub data: Vec<u8>,
 }
 
+/// One extended reply chunk.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Chunk {
+    pub done: bool,
+    pub kind: u16,
+    pub cookie: u64,
+    pub offset: u64,
+    pub payload: Vec<u8>,
+}
+
 pub fn option(option: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = OPTION_MAGIC.to_be_bytes().to_vec();
     bytes.extend(option.to_be_bytes());
@@ -47,12 +57,39 @@ pub fn request(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec
     bytes
 }
 
+/// A request with an extended header.
+pub fn extended(kind: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    let mut bytes = EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// LIST_META_CONTEXT or SET_META_CONTEXT.
+pub fn contexts(kind: u32, name: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = (name.len() as u32).to_be_bytes().to_vec();
+    data.extend(name.as_bytes());
+    data.extend((queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend((query.len() as u32).to_be_bytes());
+        data.extend(query.as_bytes());
+    }
+    option(kind, &data)
+}
+
 impl Client {
     /// A connection with a pipe of 64 KiB each way, before the greeting.
     pub fn connect<D: Directory>(directory: Arc<D>, limits: Limits) -> Client {
+        Client::connect_tls(directory, limits, Tls::Off)
+    }
+
+    pub fn connect_tls<D: Directory>(directory: Arc<D>, limits: Limits, tls: Tls) -> Client {
         let (stream, theirs) = duplex(64 << 10);
         let shutdown = CancellationToken::new();
-        let serving = serve_connection(theirs, directory, limits, Tls::Off, shutdown.clone());
+        let serving = serve_connection(theirs, directory, limits, tls, shutdown.clone());
         Client {
             stream,
             server: tokio::spawn(serving),
@@ -63,12 +100,30 @@ impl Client {
     /// A connection that has said `flags` and can send options.
     pub async fn greet<D: Directory>(directory: Arc<D>, limits: Limits, flags: u32) -> Client {
         let mut client = Client::connect(directory, limits);
+        client.greeted(flags).await;
+        client
+    }
+
+    pub async fn greeted(&mut self, flags: u32) {
+        let client = self;
         let greeting: [u8; 18] = client.read().await;
         assert_eq!(greeting[..8], MAGIC.to_be_bytes());
         assert_eq!(greeting[8..16], OPTION_MAGIC.to_be_bytes());
         assert_eq!(greeting[16..], [0, 3]);
         client.send(&flags.to_be_bytes()).await;
-        client
+    }
+
+    /// Sends an option and returns the types of its replies.
+    pub async fn kinds(&mut self, bytes: &[u8]) -> Vec<u32> {
+        self.send(bytes).await;
+        let mut kinds = Vec::new();
+        loop {
+            let (_, kind, _) = self.option_reply().await;
+            kinds.push(kind);
+            if kind == REP_ACK || kind >= REP_ERR_UNSUP {
+                return kinds;
+            }
+        }
     }
 
     /// A connection in its transmission phase, with simple replies.
@@ -113,6 +168,24 @@ impl Client {
             cookie,
             error,
             data,
+        }
+    }
+
+    pub async fn chunk(&mut self) -> Chunk {
+        assert_eq!(self.read_u32().await, EXTENDED_REPLY_MAGIC);
+        let flags = u16::from_be_bytes(self.read().await);
+        let kind = u16::from_be_bytes(self.read().await);
+        let cookie = u64::from_be_bytes(self.read().await);
+        let offset = u64::from_be_bytes(self.read().await);
+        let mut payload = vec![0; u64::from_be_bytes(self.read().await) as usize];
+        self.stream.read_exact(&mut payload).await.unwrap();
+        assert_eq!(flags & !REPLY_FLAG_DONE, 0);
+        Chunk {
+            done: flags == REPLY_FLAG_DONE,
+            kind,
+            cookie,
+            offset,
+            payload,
         }
     }
 

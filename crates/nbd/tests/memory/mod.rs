@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::{Bytes, BytesMut};
+use tokio::sync::Notify;
 use whimbrel_nbd::{
-    BASE_ALLOCATION, Directory, Errno, Export, ExportInfo, OpenError, STATE_HOLE, STATE_ZERO,
-    StatusRun, ZeroHow,
+    BASE_ALLOCATION, Content, Directory, Errno, Export, ExportInfo, MAX_PIECES, OpenError, Piece,
+    STATE_HOLE, STATE_ZERO, StatusRun, ZeroHow,
 };
 
 /// Bytes of the grain in which memory is allocated.
@@ -18,6 +19,11 @@ type Page = RwLock<Option<Box<[u8]>>>;
 pub struct Memory {
     info: ExportInfo,
     pages: Vec<Page>,
+    /// What every request that begins at this offset is answered with.
+    fault: fn(u64) -> Option<Errno>,
+    /// Reads at this offset wait for a trim there.
+    gated: Option<u64>,
+    gate: Notify,
 }
 
 fn reading(page: &Page) -> RwLockReadGuard<'_, Option<Box<[u8]>>> {
@@ -39,7 +45,28 @@ impl Memory {
     pub fn with(info: ExportInfo) -> Self {
         let count = info.size.div_ceil(PAGE as u64);
         let pages = (0..count).map(|_| RwLock::new(None)).collect();
-        Memory { info, pages }
+        Memory {
+            info,
+            pages,
+            fault: |_| None,
+            gated: None,
+            gate: Notify::new(),
+        }
+    }
+
+    pub fn failing(self, fault: fn(u64) -> Option<Errno>) -> Self {
+        Memory { fault, ..self }
+    }
+
+    pub fn gated(self, offset: u64) -> Self {
+        Memory {
+            gated: Some(offset),
+            ..self
+        }
+    }
+
+    fn healthy(&self, offset: u64) -> Result<(), Errno> {
+        (self.fault)(offset).map_or(Ok(()), Err)
     }
 
     /// The range cut at page borders: page, its part of the range, and how much of it came before.
@@ -79,6 +106,10 @@ impl Export for Memory {
     }
 
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
+        if self.gated == Some(offset) {
+            self.gate.notified().await;
+        }
+        self.healthy(offset)?;
         let mut data = BytesMut::with_capacity(len as usize);
         for (page, within, part, _) in self.parts(offset, len.into()) {
             match &*reading(page) {
@@ -89,7 +120,30 @@ impl Export for Memory {
         Ok(data.freeze())
     }
 
+    async fn read_sparse(&self, offset: u64, len: u32) -> Result<Content, Errno> {
+        if self.gated == Some(offset) {
+            return Ok(Content::Whole(self.read(offset, len).await?));
+        }
+        self.healthy(offset)?;
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (page, within, part, _) in self.parts(offset, len.into()) {
+            match (&*reading(page), pieces.last_mut()) {
+                (Some(bytes), _) => {
+                    let data = Bytes::copy_from_slice(&bytes[within..within + part]);
+                    pieces.push(Piece::Data(data));
+                }
+                (None, Some(Piece::Zeroes(before))) => *before += part as u32,
+                (None, _) => pieces.push(Piece::Zeroes(part as u32)),
+            }
+        }
+        if pieces.iter().all(|piece| matches!(piece, Piece::Data(_))) || pieces.len() > MAX_PIECES {
+            return Ok(Content::Whole(self.read(offset, len).await?));
+        }
+        Ok(Content::Pieces(pieces))
+    }
+
     async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Errno> {
+        self.healthy(offset)?;
         for (page, within, part, before) in self.parts(offset, data.len() as u64) {
             writing(page).get_or_insert_with(|| vec![0; PAGE].into())[within..within + part]
                 .copy_from_slice(&data[before..before + part]);
@@ -102,11 +156,16 @@ impl Export for Memory {
     }
 
     async fn trim(&self, offset: u64, len: u64, _fua: bool) -> Result<(), Errno> {
+        if self.gated == Some(offset) {
+            self.gate.notify_one();
+        }
+        self.healthy(offset)?;
         self.zero(offset, len, false);
         Ok(())
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
+        self.healthy(offset)?;
         if how.fast && how.no_hole {
             return Err(Errno::Enotsup);
         }
@@ -114,7 +173,8 @@ impl Export for Memory {
         Ok(())
     }
 
-    async fn cache(&self, _offset: u64, _len: u64) -> Result<(), Errno> {
+    async fn cache(&self, offset: u64, _len: u64) -> Result<(), Errno> {
+        self.healthy(offset)?;
         Ok(())
     }
 
@@ -125,6 +185,7 @@ impl Export for Memory {
         len: u64,
         _one: bool,
     ) -> Result<Vec<StatusRun>, Errno> {
+        self.healthy(offset)?;
         let runs = self.parts(offset, len).map(|(page, _, part, _)| StatusRun {
             len: part as u64,
             flags: match &*reading(page) {
