@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use whimbrel_host::api::{ImageFormat, RamMode};
+use whimbrel_host::api::{Format, ImageFormat, RamMode};
 use whimbrel_host::state::{ByteSize, Name, RateLimit};
 use whimbrel_peer::key_id::KeyId;
 use whimbrel_peer::trust::{PeerAddress, PeerName};
@@ -134,23 +134,92 @@ pub enum HostCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
-    /// Make an empty volume
+    /// Make an empty volume, or adopt a block device with what is on it
     Create {
         /// Its name
         name: Name,
-        /// Such as 10GiB
+        /// Such as 10GiB; may be left out for a device: all of it
+        #[arg(long, required_unless_present = "device")]
+        size: Option<ByteSize>,
+        /// How it is stored
+        #[arg(long, value_enum, default_value_t, conflicts_with = "device")]
+        format: StoreArg,
+        /// A block device to adopt in place
+        #[arg(long, value_name = "PATH")]
+        device: Option<PathBuf>,
+        /// It waits for a volume of its name to arrive from another host, and is then overwritten
         #[arg(long)]
-        size: ByteSize,
+        awaits: bool,
     },
-    /// Make a volume from an image; holes stay holes
+    /// Make a volume from an image or an NBD export; holes stay holes
     Import {
         /// The volume's name
         name: Name,
-        /// The image
+        /// A file, or nbd://HOST[:PORT]/EXPORT, or nbd+unix:///EXPORT?socket=PATH
+        from: String,
+        /// The file's format [default: by its name, else raw]
+        #[arg(long, value_enum)]
+        format: Option<FormatArg>,
+        /// How the volume is stored
+        #[arg(long, value_enum, default_value_t, conflicts_with = "device")]
+        to: StoreArg,
+        /// A block device to put it on, whose content is overwritten
+        #[arg(long, value_name = "PATH")]
+        device: Option<PathBuf>,
+    },
+    /// Write a volume's content to a new file; holes stay holes
+    Export {
+        /// The volume
+        name: Name,
+        /// The file; it must not exist
         file: PathBuf,
-        /// The image's format
+        /// The file's format
         #[arg(long, value_enum, default_value_t)]
-        format: FormatArg,
+        format: StoreArg,
+    },
+    /// Make another volume of the same content, sharing room where the file system can
+    Clone {
+        /// The volume
+        name: Name,
+        /// The new volume's name
+        new: Name,
+        /// How the new one is stored [default: as the old one]
+        #[arg(long, value_enum)]
+        format: Option<StoreArg>,
+    },
+    /// Change a volume's size; no machine may run on it
+    Resize {
+        /// The volume
+        name: Name,
+        /// Such as 10GiB
+        size: ByteSize,
+        /// Let its end be cut off, with whatever the guest has there
+        #[arg(long)]
+        shrink: bool,
+    },
+    /// Look a volume over: its record, its content, its journal
+    Check {
+        /// The volume
+        name: Name,
+        /// Put right what can be put right without losing anything
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Show what of a volume is where: absent, present, written, hot
+    Map {
+        /// The volume
+        name: Name,
+        /// Into how many parts it is divided [default: 1024]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+        cells: Option<u32>,
+    },
+    /// Show which parts of a volume its guest uses most
+    Heat {
+        /// The volume
+        name: Name,
+        /// How many parts
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+        top: u32,
     },
     /// List the volumes
     Ls,
@@ -159,7 +228,7 @@ pub enum VolumeCommand {
         /// Its name
         name: Name,
     },
-    /// Remove a volume and its content
+    /// Remove a volume and its content; a device keeps what is on it
     Rm {
         /// Its name
         name: Name,
@@ -250,17 +319,40 @@ impl From<RamArg> for RamMode {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
     /// The disk's bytes as they are
-    #[default]
     Raw,
+    /// A qcow2 image, with its backing files
+    Qcow2,
+    /// A VMDK; any but flat ones by `qemu-img`
+    Vmdk,
 }
 
 impl From<FormatArg> for ImageFormat {
     fn from(arg: FormatArg) -> ImageFormat {
         match arg {
             FormatArg::Raw => ImageFormat::Raw,
+            FormatArg::Qcow2 => ImageFormat::Qcow2,
+            FormatArg::Vmdk => ImageFormat::Vmdk,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum StoreArg {
+    /// A sparse file, the disk's bytes as they are
+    #[default]
+    Raw,
+    /// A qcow2 image
+    Qcow2,
+}
+
+impl From<StoreArg> for Format {
+    fn from(arg: StoreArg) -> Format {
+        match arg {
+            StoreArg::Raw => Format::Raw,
+            StoreArg::Qcow2 => Format::Qcow2,
         }
     }
 }
@@ -336,7 +428,18 @@ mod tests {
             "host untrust b",
             "host ls",
             "volume create root --size 10GiB",
+            "volume create root --size 10GiB --format qcow2 --awaits",
+            "volume create root --device /dev/sdb",
             "volume import root /i --format raw",
+            "volume import root /i.qcow2 --to qcow2",
+            "volume import root nbd://h/x --device /dev/sdb",
+            "volume export root /o --format qcow2",
+            "volume clone root new",
+            "volume resize root 20GiB",
+            "volume resize root 1GiB --shrink",
+            "volume check root --repair",
+            "volume map root --cells 100",
+            "volume heat root --top 3",
             "volume ls",
             "volume show root",
             "volume rm root",

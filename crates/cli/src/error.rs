@@ -49,6 +49,8 @@ pub enum CliError {
     Migration(Box<MigrationView>),
     #[error("several machines migrate: {}", .0.iter().map(Name::as_str).collect::<Vec<_>>().join(", "))]
     WhichMigration(Vec<Name>),
+    #[error("volume {volume} is broken")]
+    Broken { volume: Name },
     #[error("no longer watching")]
     Interrupted { machine: Name },
     #[error("the log's filter `{filter}` is not understood: {source}")]
@@ -96,6 +98,7 @@ impl CliError {
             | CliError::NotUnderstood { .. }
             | CliError::TooLong { .. }
             | CliError::File { .. }
+            | CliError::Broken { .. }
             | CliError::Interrupted { .. }
             | CliError::LogFilter { .. }
             | CliError::Runtime(_) => Exit::Failed,
@@ -157,6 +160,9 @@ impl CliError {
             CliError::WhichMigration(_) => {
                 told(ErrorCode::Invalid).next_step("name the one to watch: `whimbrel watch MACHINE`")
             }
+            CliError::Broken { .. } => told(ErrorCode::Damaged)
+                .machine_state("nothing was changed")
+                .next_step("do as the findings above say"),
             CliError::Interrupted { machine } => told(ErrorCode::Busy)
                 .machine_state(format!("the migration of {machine} goes on"))
                 .next_step(format!(

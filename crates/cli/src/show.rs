@@ -176,6 +176,16 @@ pub fn volume(v: &VolumeView) -> String {
         ("uuid", v.uuid.to_string()),
         ("size", format!("{} ({} bytes)", bytes(v.size), v.size)),
         ("allocated", bytes(v.allocated)),
+        ("format", v.format.to_string()),
+        (
+            "awaits",
+            if v.awaits {
+                "a volume of this name from another host"
+            } else {
+                ""
+            }
+            .to_string(),
+        ),
         ("here", percent(v.resident_permille)),
         ("state", v.state.to_string()),
         ("epoch", v.epoch.0.to_string()),

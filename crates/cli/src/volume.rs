@@ -1,36 +1,115 @@
 //! `whimbrel volume ...`
 
-use crate::args::VolumeCommand;
+use crate::args::{StoreArg, VolumeCommand};
 use crate::context::Context;
 use crate::error::CliError;
+use crate::picture;
 use crate::progress::ImportShow;
 use crate::show;
 use hyper::Method;
+use serde::Serialize;
 use std::path::{Path, PathBuf};
-use whimbrel_host::api::{CreateVolume, ImportProgress, ImportVolume, Listed, VolumeView};
+use whimbrel_host::api::{
+    CheckView, CheckVolume, CloneVolume, CreateVolume, ExportVolume, FindingKind, Format,
+    ImportProgress, ImportVolume, Listed, ResizeVolume, VolumeView,
+};
 
 pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), CliError> {
     let client = &context.client;
     match command {
-        VolumeCommand::Create { name, size } => {
+        VolumeCommand::Create {
+            name,
+            size,
+            format,
+            device,
+            awaits,
+        } => {
+            let request = CreateVolume {
+                name,
+                size,
+                format: stored(format, device.as_ref()),
+                device: device.as_deref().map(whole_path).transpose()?,
+                awaits,
+            };
+            let view = client.post("/v1/volumes", &request).await?;
+            context.answer(&view, show::volume);
+        }
+        VolumeCommand::Import {
+            name,
+            from,
+            format,
+            to,
+            device,
+        } => {
+            let is_uri = from.starts_with("nbd://") || from.starts_with("nbd+unix://");
+            let (file, uri) = if is_uri {
+                (None, Some(from))
+            } else {
+                (Some(whole_path(Path::new(&from))?), None)
+            };
+            let shown = name.to_string();
+            let request = ImportVolume {
+                name,
+                file,
+                uri,
+                format: format.map(Into::into),
+                to: stored(to, device.as_ref()),
+                device: device.as_deref().map(whole_path).transpose()?,
+            };
+            let view = long_work(context, &shown, "/v1/imports", &request).await?;
+            context.answer(&view, show::volume);
+        }
+        VolumeCommand::Export { name, file, format } => {
+            let file = whole_path(&file)?;
+            let request = ExportVolume {
+                file: file.clone(),
+                format: format.into(),
+            };
+            let path = format!("/v1/volumes/{name}/export");
+            long_work(context, name.as_str(), &path, &request).await?;
+            context.done(&format!("volume {name} is in {}", file.display()));
+        }
+        VolumeCommand::Clone { name, new, format } => {
+            let shown = new.to_string();
+            let request = CloneVolume {
+                name: new,
+                format: format.map(Into::into),
+            };
+            let path = format!("/v1/volumes/{name}/clone");
+            let view = long_work(context, &shown, &path, &request).await?;
+            context.answer(&view, show::volume);
+        }
+        VolumeCommand::Resize { name, size, shrink } => {
+            let request = ResizeVolume { size, shrink };
             let view = client
-                .post("/v1/volumes", &CreateVolume { name, size })
+                .post(&format!("/v1/volumes/{name}/resize"), &request)
                 .await?;
             context.answer(&view, show::volume);
         }
-        VolumeCommand::Import { name, file, format } => {
-            let mut shown = ImportShow::new(context.json, name.as_str());
-            let request = ImportVolume {
-                name,
-                file: whole_path(&file)?,
-                format: format.into(),
-            };
-            let news = |progress: ImportProgress| shown.show(progress);
-            let view: VolumeView = client
-                .stream(Method::POST, "/v1/imports", Some(&request), news)
+        VolumeCommand::Check { name, repair } => {
+            let view: CheckView = client
+                .post(
+                    &format!("/v1/volumes/{name}/check"),
+                    &CheckVolume { repair },
+                )
                 .await?;
-            shown.finish();
-            context.answer(&view, show::volume);
+            context.answer(&view, picture::check);
+            if view.verdict == FindingKind::Broken {
+                return Err(CliError::Broken { volume: name });
+            }
+        }
+        VolumeCommand::Map { name, cells } => {
+            let cells = cells.unwrap_or(DEFAULT_CELLS);
+            let view = client
+                .get(&format!("/v1/volumes/{name}/map?cells={cells}"))
+                .await?;
+            context.answer(&view, picture::map);
+        }
+        VolumeCommand::Heat { name, top } => {
+            let view = client
+                .get(&format!("/v1/volumes/{name}/heat?top={top}"))
+                .await?;
+            context.answer(&view, picture::heat);
         }
         VolumeCommand::Ls => {
             let list: Listed<VolumeView> = client.get("/v1/volumes").await?;
@@ -46,6 +125,33 @@ pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), Cli
         }
     }
     Ok(())
+}
+
+/// Sixteen lines of 64.
+const DEFAULT_CELLS: u32 = 1024;
+
+fn stored(arg: StoreArg, device: Option<&PathBuf>) -> Format {
+    match device {
+        Some(_) => Format::Device,
+        None => arg.into(),
+    }
+}
+
+/// Asks for what takes long, and shows how far it is. Ending the command ends the work.
+async fn long_work<B: Serialize>(
+    context: &Context,
+    name: &str,
+    path: &str,
+    request: &B,
+) -> Result<VolumeView, CliError> {
+    let mut shown = ImportShow::new(context.json, name);
+    let news = |progress: ImportProgress| shown.show(progress);
+    let view = context
+        .client
+        .stream(Method::POST, path, Some(request), news)
+        .await?;
+    shown.finish();
+    Ok(view)
 }
 
 /// The daemon works in another folder.

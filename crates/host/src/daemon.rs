@@ -33,6 +33,8 @@ use crate::migration::peeks::Peeks;
 use crate::migration::record::MigrationJournal;
 use crate::service::first_view;
 use crate::state::{MigrationId, Name, Ownership, RateLimit, StateDir, Timestamp};
+use crate::volumes::claims::Claims;
+use crate::volumes::heat::HeatShelf;
 
 /// Migrations to here that may be under way at once; one more source is turned away.
 const MAX_INCOMING: usize = 64;
@@ -95,6 +97,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
             identity,
             trust,
             pool,
+            claims: Claims::default(),
+            heat: HeatShelf::default(),
             pace,
         }),
         machines: Arc::new(Machines::default()),
@@ -104,6 +108,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
     });
     daemon.take_up().await;
     tracing::info!(host = %name, listen = %listener.local_addr(), "whimbrel is up");
+    let keeping = tokio::spawn(crate::volumes::heat::keep(daemon.host.clone()));
     let serving = api::serve(socket, daemon.clone(), stopping.clone());
     tokio::pin!(serving);
     loop {
@@ -119,6 +124,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
             }
         }
     }
+    keeping.abort();
+    daemon.host.heat.save(&daemon.host).await;
     for machine in daemon.machines.all() {
         if let Some(running) = &mut machine.lock().await.running {
             running.leave();

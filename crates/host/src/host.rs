@@ -7,6 +7,8 @@ use whimbrel_volume::pool::Pool;
 
 use crate::config::Config;
 use crate::state::StateDir;
+use crate::volumes::claims::Claims;
+use crate::volumes::heat::HeatShelf;
 
 /// This host.
 pub struct Host {
@@ -18,6 +20,10 @@ pub struct Host {
     pub trust: TrustStore,
     /// Where volumes' I/O runs.
     pub pool: Pool,
+    /// Volumes that somebody works on.
+    pub claims: Claims,
+    /// What the guests read and write of their volumes.
+    pub heat: HeatShelf,
     /// The bandwidth of all migrations together.
     pub pace: Pace,
 }

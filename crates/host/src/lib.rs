@@ -6,6 +6,7 @@
 //! | [`api`] | what the command and other programs may ask |
 //! | [`daemon`] | start, stop, and the API's operations |
 //! | [`machines`], [`machine`] | the machines of this host, and a machine's QEMU, disks and cards |
+//! | [`volumes`] | a volume's life apart from any machine |
 //! | [`disk`] | a disk as its guest sees it, whatever state the volume is in |
 //! | [`migration`] | a machine on its way, at either end |
 //! | [`peers`] | reaching other hosts |
@@ -21,4 +22,5 @@ pub mod migration;
 pub mod peers;
 pub mod service;
 pub mod state;
+pub mod volumes;
 mod wakers;

@@ -14,7 +14,7 @@ use crate::state::{
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_peer::trust::PeerName;
 use whimbrel_volume::VolumeError;
-use whimbrel_volume::backend::{Backend, Format};
+use whimbrel_volume::backend::Backend;
 use whimbrel_volume::raw::Access;
 
 /// What is known of a machine now.
@@ -43,6 +43,8 @@ pub enum OpenDiskError {
     NotLocal { volume: Name, state: Ownership },
     #[error("volume `{volume}` is a disk of machine `{other}`")]
     OtherMachine { volume: Name, other: Name },
+    #[error("volume `{volume}` is being copied, resized or checked")]
+    Claimed { volume: Name },
     #[error("the data of volume `{volume}` is {found} bytes long, its record says {expected}")]
     Size {
         volume: Name,
@@ -178,26 +180,24 @@ pub async fn open_disks(host: &Host, spec: &MachineSpec) -> Result<Vec<Arc<Disk>
                 other,
             });
         }
+        if host.claims.is_taken(&record.name) {
+            return Err(OpenDiskError::Claimed {
+                volume: record.name,
+            });
+        }
         let file = open_data(host, &record).await?;
-        disks.push(Arc::new(Disk::new(
-            record.name.to_string(),
-            record.size,
-            file,
-            Mode::Open,
-        )));
+        let heat = host.heat.of(&host.state, &record);
+        let disk = Disk::new(record.name.to_string(), record.size, file, Mode::Open);
+        disks.push(Arc::new(disk.watched(heat)));
     }
     Ok(disks)
 }
 
-/// Opens a volume's data. A file is exactly as long as its record says; a device or an image may be larger.
+/// Opens a volume's data, of which as much counts as its record says.
 pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<Backend>, OpenDiskError> {
     let path = record.data_path(&host.state.volume_folder(&record.name));
     let data = Backend::open(&host.pool, path, record.format, Access::ReadWrite).await?;
-    let fits = match record.format {
-        Format::Raw => data.size() == record.size,
-        Format::Device | Format::Qcow2 => data.size() >= record.size,
-    };
-    if !fits {
+    if data.size() < record.size {
         return Err(OpenDiskError::Size {
             volume: record.name.clone(),
             found: data.size(),

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 pub const HEAT_EXTENT: u64 = 1 << 20;
 
 /// What an access adds to its extents' counters: room below for three halvings. They stop at 65,535.
-const WEIGHT: u16 = 8;
+pub const WEIGHT: u16 = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AccessKind {
@@ -103,6 +103,19 @@ impl AccessLog {
         let word = USED | write | touched.len.min(UNITS_MAX) << UNITS_AT | touched.start;
         slot.at_ms.store(at_ms, Ordering::Relaxed);
         slot.access.store(word, Ordering::Release);
+    }
+
+    /// Sets an extent's counters, as they were kept.
+    pub(crate) fn preset(&self, extent: usize, reads: u16, writes: u16) {
+        if let (Some(r), Some(w)) = (self.reads.get(extent), self.writes.get(extent)) {
+            r.store(reads, Ordering::Relaxed);
+            w.store(writes, Ordering::Relaxed);
+        }
+    }
+
+    /// Accesses logged so far.
+    pub fn count(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
     }
 
     /// Halves every counter: to be called once per half-life.

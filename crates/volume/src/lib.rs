@@ -7,7 +7,7 @@
 //! | [`backend`] | what the content lies in: a raw file, a block device, a qcow2 image; one type for all |
 //! | [`journal`] | which units of a volume being filled are here, through any crash |
 //! | [`digest`] | what a volume's content adds up to, for verification |
-//! | [`heat`] | which parts of a volume are read and written, and how much |
+//! | [`heat`], [`heat_file`] | which parts of a volume are read and written, and how much; kept over restarts |
 //!
 //! Every error of the crate is a [`VolumeError`].
 
@@ -15,6 +15,7 @@ pub mod backend;
 pub mod digest;
 pub mod error;
 pub mod heat;
+pub mod heat_file;
 pub mod journal;
 pub mod pool;
 pub mod raw;

@@ -654,7 +654,10 @@ async fn an_image_whose_writer_was_killed_has_all_that_was_synced() {
             let read = disk.read(at, 4096).await.unwrap();
             let mark = u64::from_le_bytes(read[..8].try_into().unwrap());
             // This round's, or an earlier round's that came further: never nothing, never another's.
-            assert!(mark > n && (mark - n - 1).is_multiple_of(4096), "{n}: {mark}");
+            assert!(
+                mark > n && (mark - n - 1).is_multiple_of(4096),
+                "{n}: {mark}"
+            );
         }
         drop(disk);
         image_is_whole(&path);

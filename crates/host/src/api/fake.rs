@@ -86,9 +86,48 @@ pub fn sample_volume() -> VolumeView {
         epoch: Epoch(3),
         state: Ownership::Local,
         machine: Some(called("web1")),
+        format: Format::Raw,
+        awaits: false,
         export: None,
         data: PathBuf::from("/state/volumes/root/data"),
         created: Timestamp::now(),
+    }
+}
+
+/// A map of `root`: data, holes, and something hot, in turn.
+pub fn sample_map(cells: usize) -> MapView {
+    let cell = (1u64 << 30).div_ceil(cells as u64);
+    let kinds = [
+        MapCell {
+            data: cell,
+            ..MapCell::default()
+        },
+        MapCell::default(),
+        MapCell {
+            data: cell,
+            reads: 90,
+            writes: 10,
+            ..MapCell::default()
+        },
+        MapCell {
+            absent: cell,
+            ..MapCell::default()
+        },
+        MapCell {
+            data: cell,
+            written: cell,
+            ..MapCell::default()
+        },
+    ];
+    MapView {
+        volume: called("root"),
+        size: 1 << 30,
+        cell,
+        cells: kinds.iter().copied().cycle().take(cells).collect(),
+        total: MapCell {
+            data: 300 << 20,
+            ..MapCell::default()
+        },
     }
 }
 
@@ -241,7 +280,8 @@ impl Service for FakeService {
     }
 
     async fn create_volume(&self, request: CreateVolume) -> Result<VolumeView, ApiError> {
-        self.note(format!("create {} {}", request.name, request.size));
+        let size = request.size.unwrap_or(crate::state::ByteSize(1 << 30));
+        self.note(format!("create {} {size}", request.name));
         if request.name.as_str() == "root" {
             return Err(ApiError::new(
                 ErrorCode::Exists,
@@ -250,7 +290,9 @@ impl Service for FakeService {
         }
         Ok(VolumeView {
             name: request.name,
-            size: request.size.0,
+            size: size.0,
+            format: request.format,
+            awaits: request.awaits,
             ..sample_volume()
         })
     }
@@ -261,16 +303,16 @@ impl Service for FakeService {
         request: ImportVolume,
         progress: watch::Sender<ImportProgress>,
     ) -> Result<VolumeView, ApiError> {
-        self.note(format!(
-            "import {} {}",
-            request.name,
-            request.file.display()
-        ));
+        let from = match (&request.file, &request.uri) {
+            (Some(file), _) => file.display().to_string(),
+            (None, uri) => uri.clone().unwrap_or_default(),
+        };
+        self.note(format!("import {} {from}", request.name));
         progress.send_replace(ImportProgress {
             done: 1 << 20,
             total: 2 << 20,
         });
-        match request.file.file_name().and_then(|n| n.to_str()) {
+        match from.rsplit('/').next() {
             Some("broken") => Err(ApiError::new(ErrorCode::Io, "cannot read the image")),
             Some("endless") => {
                 let _gone = NoteOnDrop(self);
@@ -282,6 +324,81 @@ impl Service for FakeService {
                 ..sample_volume()
             }),
         }
+    }
+
+    async fn export_volume(
+        &self,
+        name: Name,
+        request: ExportVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.note(format!("export {name} {}", request.file.display()));
+        progress.send_replace(ImportProgress { done: 1, total: 1 });
+        self.known(name.as_str(), "root", sample_volume())
+    }
+
+    async fn clone_volume(
+        &self,
+        name: Name,
+        request: CloneVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.note(format!("clone {name} {}", request.name));
+        progress.send_replace(ImportProgress { done: 1, total: 1 });
+        let view = VolumeView {
+            name: request.name,
+            ..sample_volume()
+        };
+        self.known(name.as_str(), "root", view)
+    }
+
+    async fn resize_volume(
+        &self,
+        name: Name,
+        request: ResizeVolume,
+    ) -> Result<VolumeView, ApiError> {
+        self.note(format!("resize {name} {}", request.size));
+        let view = VolumeView {
+            size: request.size.0,
+            ..sample_volume()
+        };
+        self.known(name.as_str(), "root", view)
+    }
+
+    async fn check_volume(&self, name: Name, request: CheckVolume) -> Result<CheckView, ApiError> {
+        self.note(format!("check {name} {}", request.repair));
+        let view = CheckView {
+            volume: name.clone(),
+            verdict: FindingKind::Good,
+            findings: vec![Finding {
+                what: "the data file opens and has its size".to_string(),
+                kind: FindingKind::Good,
+                next_step: None,
+            }],
+        };
+        self.known(name.as_str(), "root", view)
+    }
+
+    async fn map_volume(&self, name: Name, cells: usize) -> Result<MapView, ApiError> {
+        self.known(name.as_str(), "root", sample_map(cells))
+    }
+
+    async fn heat_volume(&self, name: Name, top: usize) -> Result<HeatView, ApiError> {
+        let extent = HeatExtent {
+            offset: 3 << 20,
+            len: 1 << 20,
+            reads: 17,
+            writes: 4,
+        };
+        let view = HeatView {
+            volume: name.clone(),
+            half_life_s: 900,
+            extents_used: 1,
+            reads: 17,
+            writes: 4,
+            hottest: std::iter::repeat_n(extent, top.min(1)).collect(),
+        };
+        self.known(name.as_str(), "root", view)
     }
 
     async fn remove_volume(&self, name: Name) -> Result<(), ApiError> {

@@ -5,6 +5,9 @@
 //! | `GET /v1/host` | `HostView` |
 //! | `GET /v1/peers` · `PUT /v1/peers` (`TrustRequest`) · `DELETE /v1/peers/NAME` | `Listed<PeerView>`, `PeerView`, nothing |
 //! | `GET`, `POST /v1/volumes` (`CreateVolume`) · `GET`, `DELETE /v1/volumes/NAME` | `Listed<VolumeView>`, `VolumeView` |
+//! | `POST /v1/volumes/NAME/export` (`ExportVolume`) · `clone` (`CloneVolume`) | stream of `ImportLine` |
+//! | `POST /v1/volumes/NAME/resize` (`ResizeVolume`) · `check` (`CheckVolume`) | `VolumeView`, `CheckView` |
+//! | `GET /v1/volumes/NAME/map?cells=N` · `heat?top=N` | `MapView`, `HeatView` |
 //! | `POST /v1/imports` (`ImportVolume`) | stream of `ImportLine` |
 //! | `GET`, `POST /v1/machines` (`MachineSpec`) · `GET`, `DELETE /v1/machines/NAME` | `Listed<MachineView>`, `MachineView` |
 //! | `POST /v1/adoptions` (`AdoptRequest`) | `MachineView` |
@@ -19,7 +22,7 @@ use super::error::{ApiError, ErrorCode};
 use super::service::Service;
 use super::stream;
 use super::types::*;
-use crate::state::{MachineSpec, MigrationId, Name};
+use crate::state::{ByteSize, MachineSpec, MigrationId, Name};
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Request, State};
 use axum::http::request::Parts;
@@ -67,6 +70,12 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
             "/v1/volumes/{name}",
             get(volume::<S>).delete(remove_volume::<S>),
         )
+        .route("/v1/volumes/{name}/export", post(export_volume::<S>))
+        .route("/v1/volumes/{name}/clone", post(clone_volume::<S>))
+        .route("/v1/volumes/{name}/resize", post(resize_volume::<S>))
+        .route("/v1/volumes/{name}/check", post(check_volume::<S>))
+        .route("/v1/volumes/{name}/map", get(map_volume::<S>))
+        .route("/v1/volumes/{name}/heat", get(heat_volume::<S>))
         .route("/v1/imports", post(import_volume::<S>))
         .route("/v1/machines", get(machines::<S>).post(define_machine::<S>))
         .route(
@@ -189,20 +198,136 @@ async fn create_volume<S: Service>(
     State(s): Of<S>,
     Said(request): Said<CreateVolume>,
 ) -> Answer<VolumeView> {
-    let sector = whimbrel_engine::space::SECTOR;
-    if request.size.0 == 0 || !request.size.0.is_multiple_of(sector) {
-        let next = (request.size.0 / sector).max(1) * sector;
-        return Err(ApiError::new(
-            ErrorCode::Invalid,
-            format!(
-                "a volume of {} cannot be: sizes are whole sectors of {sector} bytes",
-                request.size
-            ),
-        )
-        .machine_state("nothing was changed")
-        .next_step(format!("ask for {}, say", crate::state::ByteSize(next))));
+    if let Some(size) = request.size {
+        whole_sectors(size)?;
+    }
+    match &request.device {
+        Some(device) => whole_path(device, "device")?,
+        None if request.format == Format::Device => {
+            return Err(ApiError::new(ErrorCode::Invalid, "no device is named")
+                .machine_state("nothing was changed"));
+        }
+        None => {}
     }
     s.service.create_volume(request).await.map(json)
+}
+
+fn whole_sectors(size: ByteSize) -> Result<(), ApiError> {
+    let sector = whimbrel_engine::space::SECTOR;
+    if size.0 != 0 && size.0.is_multiple_of(sector) {
+        return Ok(());
+    }
+    let next = (size.0 / sector).max(1) * sector;
+    Err(ApiError::new(
+        ErrorCode::Invalid,
+        format!("a volume of {size} cannot be: sizes are whole sectors of {sector} bytes"),
+    )
+    .machine_state("nothing was changed")
+    .next_step(format!("ask for {}, say", ByteSize(next))))
+}
+
+/// The daemon works in a folder of its own.
+fn whole_path(path: &std::path::Path, what: &str) -> Result<(), ApiError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::Invalid,
+        format!("the {what} must be named with its whole path"),
+    )
+    .at(Some(path.display().to_string()))
+    .machine_state("nothing was changed"))
+}
+
+async fn export_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<ExportVolume>,
+) -> Result<Response, ApiError> {
+    whole_path(&request.file, "file to export to")?;
+    if request.format == Format::Device {
+        return Err(
+            ApiError::new(ErrorCode::Invalid, "an export goes to a file: raw or qcow2")
+                .machine_state("nothing was changed"),
+        );
+    }
+    let (progress, news) = watch::channel(ImportProgress::default());
+    let service = s.service;
+    let work = async move { service.export_volume(name, request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn clone_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<CloneVolume>,
+) -> Result<Response, ApiError> {
+    if request.format == Some(Format::Device) {
+        return Err(
+            ApiError::new(ErrorCode::Invalid, "a clone is a file: raw or qcow2")
+                .machine_state("nothing was changed"),
+        );
+    }
+    let (progress, news) = watch::channel(ImportProgress::default());
+    let service = s.service;
+    let work = async move { service.clone_volume(name, request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn resize_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<ResizeVolume>,
+) -> Answer<VolumeView> {
+    whole_sectors(request.size)?;
+    s.service.resize_volume(name, request).await.map(json)
+}
+
+async fn check_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<CheckVolume>,
+) -> Answer<CheckView> {
+    s.service.check_volume(name, request).await.map(json)
+}
+
+/// Most cells of a map, and most extents of a list of the hottest.
+const MOST_CELLS: usize = 65_536;
+
+fn number(query: Option<&str>, key: &str, default: usize) -> Result<usize, ApiError> {
+    let pairs = query.unwrap_or("").split('&');
+    let asked = pairs
+        .filter_map(|pair| pair.split_once('='))
+        .find(|(k, _)| *k == key);
+    let Some((_, text)) = asked else {
+        return Ok(default);
+    };
+    match text.parse() {
+        Ok(n @ 1..=MOST_CELLS) => Ok(n),
+        _ => Err(ApiError::new(
+            ErrorCode::Invalid,
+            format!("`{key}` must be a number from 1 to {MOST_CELLS}, not `{text}`"),
+        )
+        .machine_state("nothing was changed")),
+    }
+}
+
+async fn map_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    axum::extract::RawQuery(query): axum::extract::RawQuery,
+) -> Answer<MapView> {
+    let cells = number(query.as_deref(), "cells", 1024)?;
+    s.service.map_volume(name, cells).await.map(json)
+}
+
+async fn heat_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    axum::extract::RawQuery(query): axum::extract::RawQuery,
+) -> Answer<HeatView> {
+    let top = number(query.as_deref(), "top", 20)?;
+    s.service.heat_volume(name, top).await.map(json)
 }
 
 async fn remove_volume<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {
@@ -213,12 +338,22 @@ async fn import_volume<S: Service>(
     State(s): Of<S>,
     Said(request): Said<ImportVolume>,
 ) -> Result<Response, ApiError> {
-    if !request.file.is_absolute() {
-        return Err(ApiError::new(
-            ErrorCode::Invalid,
-            "the file to import must be named with its whole path",
-        )
-        .at(Some(request.file.display().to_string())));
+    match (&request.file, &request.uri) {
+        (Some(file), None) => whole_path(file, "file to import")?,
+        (None, Some(_)) => {}
+        _ => {
+            return Err(ApiError::new(
+                ErrorCode::Invalid,
+                "an import is of a file or of a URI, one of the two",
+            )
+            .machine_state("nothing was changed"));
+        }
+    }
+    if let Some(device) = &request.device {
+        whole_path(device, "device")?;
+    } else if request.to == Format::Device {
+        return Err(ApiError::new(ErrorCode::Invalid, "no device is named")
+            .machine_state("nothing was changed"));
     }
     let (progress, news) = watch::channel(ImportProgress::default());
     let service = s.service;

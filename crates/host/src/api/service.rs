@@ -32,6 +32,26 @@ pub trait Service: Send + Sync + 'static {
         request: ImportVolume,
         progress: watch::Sender<ImportProgress>,
     ) -> answer!(VolumeView);
+    /// Writes the volume's content to a new file; as an import, it ends with its client.
+    fn export_volume(
+        &self,
+        name: Name,
+        request: ExportVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> answer!(VolumeView);
+    /// Makes another volume of the same content; as an import, it ends with its client.
+    fn clone_volume(
+        &self,
+        name: Name,
+        request: CloneVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> answer!(VolumeView);
+    fn resize_volume(&self, name: Name, request: ResizeVolume) -> answer!(VolumeView);
+    fn check_volume(&self, name: Name, request: CheckVolume) -> answer!(CheckView);
+    /// What of the volume is where, in so many cells.
+    fn map_volume(&self, name: Name, cells: usize) -> answer!(MapView);
+    /// The extents that its guest uses most.
+    fn heat_volume(&self, name: Name, top: usize) -> answer!(HeatView);
     fn remove_volume(&self, name: Name) -> answer!(());
 
     fn machines(&self) -> answer!(Listed<MachineView>);

@@ -14,6 +14,7 @@ use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::key_id::KeyId;
 use whimbrel_peer::trust::{PeerAddress, PeerName};
+pub use whimbrel_volume::backend::Format;
 
 /// All things of a kind, and what is wrong with those that cannot be shown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,6 +105,11 @@ pub struct VolumeView {
     pub state: Ownership,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<Name>,
+    #[serde(default)]
+    pub format: Format,
+    /// It waits for a volume of its name to arrive.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits: bool,
     /// The NBD URI under which it is exported now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub export: Option<String>,
@@ -115,23 +121,159 @@ pub struct VolumeView {
 #[serde(deny_unknown_fields)]
 pub struct CreateVolume {
     pub name: Name,
-    pub size: ByteSize,
+    /// May be left out for a device: all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<ByteSize>,
+    #[serde(default)]
+    pub format: Format,
+    /// A block device, whose content is adopted as it is; absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<PathBuf>,
+    /// It waits for a volume of its name to arrive here, which then takes its place, format and all.
+    #[serde(default)]
+    pub awaits: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImportVolume {
     pub name: Name,
-    /// A file the daemon can read; absolute.
-    pub file: PathBuf,
-    pub format: ImageFormat,
+    /// A file the daemon can read; absolute. This or `uri`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+    /// The file's; by its name if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
+    /// The volume's.
+    #[serde(default)]
+    pub to: Format,
+    /// A block device to put it on, whose content is overwritten; absolute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ImageFormat {
-    #[default]
     Raw,
+    Qcow2,
+    Vmdk,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportVolume {
+    /// A file that does not exist yet; absolute.
+    pub file: PathBuf,
+    #[serde(default)]
+    pub format: Format,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloneVolume {
+    /// The new volume's.
+    pub name: Name,
+    /// The new volume's; as the old one's (raw, if that is a device) if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeVolume {
+    pub size: ByteSize,
+    /// The end may be cut off, with whatever is there.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckVolume {
+    /// Put right what is safe to put right.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// What a check found out, in words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finding {
+    pub what: String,
+    pub kind: FindingKind,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_step: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FindingKind {
+    /// As it should be.
+    Good,
+    /// Was wrong and was put right.
+    Repaired,
+    /// Wrong and harmless as it is.
+    Untidy,
+    /// The volume cannot be used, or not be trusted.
+    Broken,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckView {
+    pub volume: Name,
+    /// The worst of the findings.
+    pub verdict: FindingKind,
+    pub findings: Vec<Finding>,
+}
+
+/// A part of a volume; sums over it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapCell {
+    /// Bytes that hold data here; the rest are holes, or absent.
+    pub data: u64,
+    /// Bytes that are still only at the source.
+    pub absent: u64,
+    /// Bytes the guest has written since the volume came here, while it still arrives.
+    pub written: u64,
+    /// Reads and writes that touched it, recent ones above all.
+    pub reads: u64,
+    pub writes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MapView {
+    pub volume: Name,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of a cell; the last may be shorter.
+    pub cell: u64,
+    pub cells: Vec<MapCell>,
+    pub total: MapCell,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeatExtent {
+    /// Bytes.
+    pub offset: u64,
+    pub len: u64,
+    /// Recent accesses: each counts half after every half-life.
+    pub reads: u64,
+    pub writes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HeatView {
+    pub volume: Name,
+    pub half_life_s: u64,
+    /// Extents that were used at all, and accesses to all of them.
+    pub extents_used: usize,
+    pub reads: u64,
+    pub writes: u64,
+    /// The most used, hottest first.
+    pub hottest: Vec<HeatExtent>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,6 +11,7 @@ use whimbrel_nbd::{
     StatusRun, ZeroHow,
 };
 use whimbrel_volume::VolumeError;
+use whimbrel_volume::heat::AccessKind;
 use whimbrel_volume::raw::Zeroes;
 
 use super::{Disk, Mode};
@@ -85,6 +86,7 @@ impl Export for Disk {
     }
 
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
+        self.log(AccessKind::Read, offset, u64::from(len));
         let mode = self.mode.read().await.clone();
         match mode {
             Mode::Open | Mode::Frozen => self
@@ -98,6 +100,7 @@ impl Export for Disk {
     }
 
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
+        self.log(AccessKind::Write, offset, data.len() as u64);
         let mode = self.mode.read().await;
         match &*mode {
             Mode::Open => {

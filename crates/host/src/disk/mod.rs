@@ -24,6 +24,9 @@ use bytes::Bytes;
 use tokio::sync::RwLock;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::Backend;
+use whimbrel_volume::heat::AccessKind;
+
+use crate::volumes::heat::Heat;
 
 pub use export::MachineDisks;
 pub use filling::{Filling, Verified, absolute};
@@ -56,6 +59,7 @@ pub struct Disk {
     mode: RwLock<Mode>,
     /// A guest has written or flushed since the mode last let it: proof that it ran here.
     touched: AtomicBool,
+    heat: Option<Arc<Heat>>,
 }
 
 impl Disk {
@@ -66,6 +70,21 @@ impl Disk {
             file,
             mode: RwLock::new(mode),
             touched: AtomicBool::new(false),
+            heat: None,
+        }
+    }
+
+    /// The same disk, whose reads and writes are logged.
+    pub fn watched(self, heat: Arc<Heat>) -> Self {
+        Disk {
+            heat: Some(heat),
+            ..self
+        }
+    }
+
+    fn log(&self, kind: AccessKind, offset: u64, len: u64) {
+        if let Some(heat) = &self.heat {
+            heat.log(kind, offset, len);
         }
     }
 

@@ -301,6 +301,7 @@ fn arriving(
             epoch,
             data: PathBuf::from(data),
             format: Format::Raw,
+            awaits: false,
             created: previous.as_ref().map_or_else(Timestamp::now, |p| p.created),
             machine: Some(spec.name.clone()),
             state: Ownership::Arriving {

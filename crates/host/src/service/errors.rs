@@ -14,6 +14,9 @@ impl From<OpenDiskError> for ApiError {
                 ApiError::new(ErrorCode::Io, what)
                     .next_step("look at the volume's data file with `volume show`")
             }
+            OpenDiskError::Claimed { .. } => {
+                ApiError::new(ErrorCode::Busy, what).next_step("try again when that is over")
+            }
             OpenDiskError::NotLocal { .. } | OpenDiskError::OtherMachine { .. } => {
                 ApiError::new(ErrorCode::WrongState, what)
                     .next_step("see `volume ls` for what is where")
@@ -63,14 +66,30 @@ pub fn no_machine(name: &Name) -> ApiError {
 }
 
 pub fn volume_error(error: whimbrel_volume::VolumeError) -> ApiError {
-    let code = if error.is_no_space() {
-        ErrorCode::StorageFull
-    } else {
-        ErrorCode::Io
+    use whimbrel_volume::VolumeError as Volume;
+    let (code, next) = match &error {
+        e if e.is_no_space() => (ErrorCode::StorageFull, "make room and try again"),
+        Volume::InUse { .. } => (
+            ErrorCode::Busy,
+            "see what mounts or has opened it (`lsblk`, `lsof`), then try again",
+        ),
+        Volume::NotADevice { .. } => (
+            ErrorCode::Invalid,
+            "name a block device, or import the file with `volume import`",
+        ),
+        Volume::TooSmall { .. } => (ErrorCode::Invalid, "use a larger one, or less of it"),
+        Volume::Image { .. } => (
+            ErrorCode::Unsupported,
+            "do as the message says, or see docs/volumes.md",
+        ),
+        _ => (
+            ErrorCode::Io,
+            "put right what the message names and try again",
+        ),
     };
     ApiError::new(code, error.to_string())
-        .machine_state("no volume was made")
-        .next_step("put right what the message names and try again")
+        .machine_state("no volume was made or changed")
+        .next_step(next)
 }
 
 pub fn no_migration(id: &MigrationId) -> ApiError {

@@ -1,6 +1,6 @@
 //! The API's operations, done.
 
-mod errors;
+pub(crate) mod errors;
 mod views;
 
 use std::path::Path;
@@ -11,7 +11,6 @@ use tokio::sync::{mpsc, watch};
 use whimbrel_engine::switchover::Phase;
 use whimbrel_peer::hello::{Class, SessionId};
 use whimbrel_peer::trust::PeerName;
-use whimbrel_volume::raw::{Access, RawFile};
 use whimbrel_wire::message::RamMode as WireRam;
 
 use crate::api::types::*;
@@ -29,15 +28,11 @@ use errors::*;
 pub use views::first_view;
 
 use crate::state::{
-    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, VolumeRecord,
-    trust,
+    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, trust,
 };
 
 /// How long a guest gets to shut down.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(90);
-
-/// Bytes an import copies at a time.
-const IMPORT_PIECE: u64 = 1 << 20;
 
 impl Daemon {
     fn machine_named(&self, name: &Name) -> Result<Arc<Machine>, ApiError> {
@@ -170,14 +165,7 @@ impl Service for Daemon {
     }
 
     async fn create_volume(&self, request: CreateVolume) -> Result<VolumeView, ApiError> {
-        let draft = self.host.state.begin_volume(&request.name)?;
-        let record = VolumeRecord::fresh(request.name, request.size.bytes())
-            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
-        RawFile::create(&self.host.pool, draft.data_path(), record.size)
-            .await
-            .map_err(volume_error)?;
-        draft.commit(&record)?;
-        Ok(self.volume_view(record).await)
+        self.make_volume(request).await
     }
 
     async fn import_volume(
@@ -185,41 +173,45 @@ impl Service for Daemon {
         request: ImportVolume,
         progress: watch::Sender<ImportProgress>,
     ) -> Result<VolumeView, ApiError> {
-        let ImageFormat::Raw = request.format;
-        let draft = self.host.state.begin_volume(&request.name)?;
-        let from = RawFile::open(&self.host.pool, &request.file, Access::ReadOnly)
-            .await
-            .map_err(volume_error)?;
-        let size = from.size().next_multiple_of(512);
-        let record = VolumeRecord::fresh(request.name, size)
-            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
-        let to = RawFile::create(&self.host.pool, draft.data_path(), size)
-            .await
-            .map_err(volume_error)?;
-        let total = from.size();
-        let mut at = 0;
-        while at < total {
-            let runs = from
-                .data_extents(at, total - at)
-                .await
-                .map_err(volume_error)?;
-            for run in runs {
-                let end = run.offset + run.len;
-                at = run.offset;
-                while run.data && at < end {
-                    let len = IMPORT_PIECE.min(end - at);
-                    let bytes = from.read(at, len as usize).await.map_err(volume_error)?;
-                    to.write(at, bytes).await.map_err(volume_error)?;
-                    at += len;
-                    progress.send_replace(ImportProgress { done: at, total });
-                }
-                at = end;
-            }
-        }
-        to.sync().await.map_err(volume_error)?;
-        progress.send_replace(ImportProgress { done: total, total });
-        draft.commit(&record)?;
-        Ok(self.volume_view(record).await)
+        self.bring_volume(request, progress).await
+    }
+
+    async fn export_volume(
+        &self,
+        name: Name,
+        request: ExportVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.take_out(name, request, progress).await
+    }
+
+    async fn clone_volume(
+        &self,
+        name: Name,
+        request: CloneVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.clone_of(name, request, progress).await
+    }
+
+    async fn resize_volume(
+        &self,
+        name: Name,
+        request: ResizeVolume,
+    ) -> Result<VolumeView, ApiError> {
+        self.change_size(name, request).await
+    }
+
+    async fn check_volume(&self, name: Name, request: CheckVolume) -> Result<CheckView, ApiError> {
+        self.look_over(name, request).await
+    }
+
+    async fn map_volume(&self, name: Name, cells: usize) -> Result<MapView, ApiError> {
+        self.picture(name, cells).await
+    }
+
+    async fn heat_volume(&self, name: Name, top: usize) -> Result<HeatView, ApiError> {
+        self.hottest(name, top)
     }
 
     async fn remove_volume(&self, name: Name) -> Result<(), ApiError> {
@@ -234,6 +226,23 @@ impl Service for Daemon {
                 .next_step("undefine the machine first"));
             }
         }
+        if let Ownership::Arriving { migration } = &record.state {
+            return Err(ApiError::new(
+                ErrorCode::Busy,
+                format!("volume `{name}` is arriving by migration {migration}"),
+            )
+            .machine_state("the volume was not touched")
+            .next_step("let the migration end, or cancel it at its source"));
+        }
+        let _claim = self.host.claims.take(&name).ok_or_else(|| {
+            ApiError::new(
+                ErrorCode::Busy,
+                format!("volume `{name}` is being copied, resized or checked"),
+            )
+            .machine_state("the volume was not touched")
+            .next_step("try again when that is over")
+        })?;
+        self.host.heat.forget(&name);
         Ok(self.host.state.remove_volume(&name)?)
     }
 

@@ -7,6 +7,7 @@ use crate::api::types::*;
 use crate::daemon::Daemon;
 use crate::machines::{Machine, Standing};
 use crate::state::{MigrationId, Name, Ownership, RateLimit, Timestamp, VolumeRecord};
+use whimbrel_volume::backend::Format;
 
 /// What is told of a migration that has just begun.
 pub fn first_view(
@@ -96,9 +97,12 @@ impl Daemon {
     pub async fn volume_view(&self, record: VolumeRecord) -> VolumeView {
         let folder = self.host.state.volume_folder(&record.name);
         let data = record.data_path(&folder);
-        let allocated = std::fs::metadata(&data)
-            .map(|m| std::os::unix::fs::MetadataExt::blocks(&m) * 512)
-            .unwrap_or(0);
+        let allocated = match record.format {
+            Format::Device => record.size,
+            Format::Raw | Format::Qcow2 => std::fs::metadata(&data)
+                .map(|m| std::os::unix::fs::MetadataExt::blocks(&m) * 512)
+                .unwrap_or(0),
+        };
         let mut export = None;
         let mut resident_permille = 1000;
         if let Some(machine) = record.machine.as_ref().and_then(|m| self.machines.get(m)) {
@@ -128,6 +132,8 @@ impl Daemon {
             epoch: record.epoch,
             state: record.state,
             machine: record.machine,
+            format: record.format,
+            awaits: record.awaits,
             export,
             data,
             created: record.created,

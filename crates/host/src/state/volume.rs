@@ -117,6 +117,9 @@ pub struct VolumeRecord {
     /// How the content is stored there.
     #[serde(default, skip_serializing_if = "is_raw")]
     pub format: Format,
+    /// Made to be filled by a volume of this name that arrives; what it holds until then is of no account.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits: bool,
     pub created: Timestamp,
     /// The machine whose disk it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -141,6 +144,7 @@ impl VolumeRecord {
             epoch: Epoch(1),
             data: PathBuf::from(DATA_FILE),
             format: Format::Raw,
+            awaits: false,
             created: Timestamp::now(),
             machine: None,
             state: Ownership::Local,

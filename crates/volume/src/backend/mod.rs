@@ -24,7 +24,7 @@ use std::pin::Pin;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use copy::{Copied, clone_file, copy, is_zero};
+pub use copy::{Copied, Source, clone_file, copy, is_zero};
 pub use device::Device;
 pub use image::Image;
 pub use tree::{Counted, ImageFault};

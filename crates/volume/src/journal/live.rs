@@ -124,6 +124,16 @@ impl Journal {
         Ok((journal, recovered))
     }
 
+    /// Tells what the journal in `dir` knows of the volume and changes nothing. Not while it is open.
+    pub async fn inspect(pool: &Pool, dir: &Path, identity: VolumeIdentity) -> Result<Recovered> {
+        let path = dir.to_owned();
+        let looked = pool.run(Lane::Slow, move || {
+            let store = DirStore::open(&path)?;
+            recover::inspect(&store, identity)
+        });
+        looked.await?
+    }
+
     /// Removes the journal in `dir`, whatever its state; no error if there is none. For a move given up,
     /// or after [`complete`](Self::complete).
     pub async fn remove(pool: &Pool, dir: &Path) -> Result<()> {

@@ -44,10 +44,21 @@ pub(super) fn open<S: Store>(
     identity: VolumeIdentity,
     limits: Limits,
 ) -> Result<(Book<S>, Recovered)> {
-    let mut names = store.list()?;
-    for name in names.iter().filter(|n| is_tmp(n)) {
+    for name in store.list()?.iter().filter(|n| is_tmp(n)) {
         store.remove(name)?;
     }
+    let (start, recovered) = read(&*store, identity)?;
+    let book = Book::resume(store, identity, limits, start)?;
+    Ok((book, recovered))
+}
+
+/// Tells what the journal knows and changes nothing.
+pub(super) fn inspect<S: Store>(store: &S, identity: VolumeIdentity) -> Result<Recovered> {
+    read(store, identity).map(|(_, recovered)| recovered)
+}
+
+fn read<S: Store>(store: &S, identity: VolumeIdentity) -> Result<(Start, Recovered)> {
+    let mut names = store.list()?;
     names.retain(|n| super::is_ours(n) && !is_tmp(n));
     if names.is_empty() {
         return Err(VolumeError::JournalAbsent {
@@ -55,7 +66,7 @@ pub(super) fn open<S: Store>(
         });
     }
     if names.iter().any(|n| n == COMPLETE) {
-        return open_complete(store, identity, limits);
+        return read_complete(store, identity);
     }
     let of_kind = |kind: &str| -> BTreeSet<u64> {
         names
@@ -70,28 +81,25 @@ pub(super) fn open<S: Store>(
     let newest = snapshots.iter().chain(&logs).max().copied().unwrap_or(0);
     let mut first_failure = None;
     for &base in snapshots.iter().rev() {
-        match from_base(&*store, identity, base, newest, &logs) {
+        match from_base(store, identity, base, newest, &logs) {
             Ok((start, state, how)) => {
                 let fell_back = first_failure.is_some();
                 if let Some(error) = &first_failure {
                     tracing::warn!(%error, base, "fell back to the journal's previous generation");
                 }
-                let book = Book::resume(store, identity, limits, start)?;
                 let State {
                     resident,
                     guest_owned,
                     partial,
                 } = state;
-                return Ok((
-                    book,
-                    Recovered {
-                        resident,
-                        guest_owned,
-                        partial,
-                        how,
-                        fell_back,
-                    },
-                ));
+                let recovered = Recovered {
+                    resident,
+                    guest_owned,
+                    partial,
+                    how,
+                    fell_back,
+                };
+                return Ok((start, recovered));
             }
             Err(error @ VolumeError::JournalDamaged { .. }) => {
                 first_failure.get_or_insert(error);
@@ -102,13 +110,9 @@ pub(super) fn open<S: Store>(
     Err(first_failure.unwrap_or_else(|| damaged(&store.path(""), 0, Fault::NoSnapshot)))
 }
 
-fn open_complete<S: Store>(
-    store: Arc<S>,
-    identity: VolumeIdentity,
-    limits: Limits,
-) -> Result<(Book<S>, Recovered)> {
+fn read_complete<S: Store>(store: &S, identity: VolumeIdentity) -> Result<(Start, Recovered)> {
     let path = store.path(COMPLETE);
-    let bytes = read_file(&*store, COMPLETE, HEADER as u64)?;
+    let bytes = read_file(store, COMPLETE, HEADER as u64)?;
     let mark = LogHeader::decode(&bytes).map_err(|f| damaged(&path, 0, f))?;
     same_volume(&path, mark.identity, identity)?;
     let units = identity.units();
@@ -125,7 +129,6 @@ fn open_complete<S: Store>(
         logs_behind: 0,
         retired: true,
     };
-    let book = Book::resume(store, identity, limits, start)?;
     let recovered = Recovered {
         resident: state.resident,
         guest_owned: state.guest_owned,
@@ -133,7 +136,7 @@ fn open_complete<S: Store>(
         how: RecoveryHow::Complete,
         fell_back: false,
     };
-    Ok((book, recovered))
+    Ok((start, recovered))
 }
 
 fn from_base<S: Store>(

@@ -56,12 +56,13 @@ impl Incoming {
                 peeks: self.setup.peeks.clone(),
                 mouth: self.setup.link.mouth.clone(),
             };
-            Arc::new(Disk::new(
+            let disk = Disk::new(
                 volume.record.name.to_string(),
                 volume.record.size,
                 volume.file.clone(),
                 Mode::Arriving(Arc::new(peek)),
-            ))
+            );
+            Arc::new(disk.watched(host.heat.of(&host.state, &volume.record)))
         });
         let disks: Vec<Arc<Disk>> = disks.collect();
         self.setup.arrivals.expect_disks(disks.len());
