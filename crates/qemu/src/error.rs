@@ -91,6 +91,21 @@ pub enum Error {
     DeviceStateTooBig { len: usize, limit: usize },
     #[error("destination migration failed: {reason}")]
     Sink { reason: String },
+    #[error("the destination's post-copy cannot be taken up again: {state}")]
+    NotRecoverable {
+        state: crate::sink::DestinationState,
+    },
+    #[error("the guest is {status}: its memory is no snapshot")]
+    NotStopped { status: String },
+    #[error("QEMU {version} does not say where its RAM blocks are")]
+    NoHostAddresses { version: crate::qmp::Version },
+    /// `used` is `None` if QEMU has no such block.
+    #[error("RAM block {name} of {len} bytes is {used:?} bytes in this QEMU")]
+    BlockDiffers {
+        name: String,
+        len: u64,
+        used: Option<u64>,
+    },
     #[error("post-copy is not possible here: {desc}")]
     NoPostcopy { desc: String },
     #[error("no QEMU at {}", path.display())]

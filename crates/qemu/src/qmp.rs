@@ -7,6 +7,8 @@
 //! Traps: a QEMU monitor socket serves one client at a time (connect twice and the second hangs in
 //! the greeting); events arrive between answers; and a destination QEMU whose main thread waits for
 //! a page does not answer QMP at all, so nothing that must happen during a blackout may wait for QMP.
+//! The exception are the few commands QEMU runs out of band ([`Qmp::execute_oob`]), beside its main
+//! thread; but a *new* connection's handshake is not among them.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -76,6 +78,8 @@ struct Inner {
     next_id: AtomicU64,
     version: Version,
     pid: Option<i32>,
+    /// Whether commands may be sent out of band.
+    oob: bool,
 }
 
 impl Qmp {
@@ -120,6 +124,8 @@ impl Qmp {
             command: "greeting",
             what: "no QMP version",
         })?;
+        let offered = greeting["QMP"]["capabilities"].as_array();
+        let oob = offered.is_some_and(|list| list.iter().any(|c| c == "oob"));
         let (lines, queue) = mpsc::channel(COMMANDS);
         let (events, _) = broadcast::channel(EVENTS);
         let (closing, closed) = watch::channel(None);
@@ -135,9 +141,15 @@ impl Qmp {
                 next_id: AtomicU64::new(1),
                 version,
                 pid,
+                oob,
             }),
         };
-        qmp.execute("qmp_capabilities", json!({})).await?;
+        let enable = if oob {
+            json!({"enable": ["oob"]})
+        } else {
+            json!({})
+        };
+        qmp.execute("qmp_capabilities", enable).await?;
         Ok(qmp)
     }
 
@@ -153,8 +165,23 @@ impl Qmp {
 
     /// Runs a command and returns what stands under `return`.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.call("execute", command, arguments).await
+    }
+
+    /// Runs a command out of band where this QEMU can: it is answered even while the main thread waits
+    /// for a page. Only few commands allow it, `migrate-recover` and `migrate-pause` among them.
+    pub async fn execute_oob(&self, command: &str, arguments: Value) -> Result<Value> {
+        let key = if self.inner.oob {
+            "exec-oob"
+        } else {
+            "execute"
+        };
+        self.call(key, command, arguments).await
+    }
+
+    async fn call(&self, key: &str, command: &str, arguments: Value) -> Result<Value> {
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        let mut message = json!({ "execute": command, "id": id });
+        let mut message = json!({ key: command, "id": id });
         if arguments.as_object().is_some_and(|a| !a.is_empty()) {
             message["arguments"] = arguments;
         }

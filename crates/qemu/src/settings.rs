@@ -95,6 +95,19 @@ impl Settings {
         Ok(settings)
     }
 
+    /// Settings of which nobody knows any more what they were: whoever changed them has died. Putting
+    /// them back switches these capabilities off, as every QEMU has them at its start.
+    pub(crate) fn forgotten(capabilities: &[&str]) -> Settings {
+        Settings {
+            capabilities: capabilities
+                .iter()
+                .map(|name| ((*name).to_owned(), false))
+                .collect(),
+            on: capabilities.iter().map(|name| (*name).to_owned()).collect(),
+            parameters: Map::new(),
+        }
+    }
+
     /// Puts everything back. Only possible while no migration runs.
     pub(crate) async fn restore(&self, qmp: &Qmp) -> Result<()> {
         if !self.parameters.is_empty() {

@@ -29,7 +29,10 @@
 //! write: long enough to keep to [`SourceOptions::later_rounds`], and at least [`BREATH`]. No setting
 //! of QEMU does this: its bandwidth limit counts bytes, and an idle guest's rounds have none.
 
+mod back;
 mod reading;
+
+pub use back::take_back;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;

@@ -14,7 +14,7 @@ use whimbrel_engine::space::{Extent, UNIT};
 
 use super::wall_clock;
 use crate::qmp::{Events, Qmp};
-use crate::source::{migration_over, migration_status, within};
+use crate::source::{migration_over, migration_status, run_status, within};
 use crate::stream::return_path::ReturnMessage;
 use crate::stream::{RamBlock, ReturnError, StreamLayout, writer};
 use crate::{Error, Result};
@@ -60,6 +60,7 @@ pub(super) struct Line {
     pub(super) layout: StreamLayout,
     ops: mpsc::Sender<Op>,
     state: watch::Sender<State>,
+    alive: CancellationToken,
     /// Ends the listening tasks with the line.
     _alive: DropGuard,
 }
@@ -79,22 +80,58 @@ impl Line {
             path: socket.to_owned(),
             source,
         })?;
+        Ok(Line::on(
+            qmp,
+            stream,
+            layout,
+            requests,
+            Vec::new(),
+            State::default(),
+        ))
+    }
+
+    /// Starts the tasks on a connected socket; `heard` is what was read of the return path and is not
+    /// acted on yet.
+    pub(super) fn on(
+        qmp: &Qmp,
+        stream: UnixStream,
+        layout: &StreamLayout,
+        requests: mpsc::Sender<(usize, Extent)>,
+        heard: Vec<u8>,
+        state: State,
+    ) -> Line {
         let (read, write) = stream.into_split();
         let (ops, queue) = mpsc::channel(QUEUE);
-        let state = watch::Sender::new(State::default());
+        let state = watch::Sender::new(state);
         let gone = CancellationToken::new();
-        let listening = listen(read, layout.blocks.clone(), state.clone(), requests);
+        let listening = listen(read, heard, layout.blocks.clone(), state.clone(), requests);
         tokio::spawn(gone.clone().run_until_cancelled_owned(listening));
         let watching = watch_qemu(qmp.events(), state.clone());
         tokio::spawn(gone.clone().run_until_cancelled_owned(watching));
         tokio::spawn(write_ops(write, layout.clone(), queue, state.clone()));
-        Ok(Line {
+        Line {
             qmp: qmp.clone(),
             layout: layout.clone(),
             ops,
             state,
+            alive: gone.clone(),
             _alive: gone.drop_guard(),
-        })
+        }
+    }
+
+    /// Finds out, in the background since QEMU may not answer before pages have come, whether the guest
+    /// runs already: then no RESUME event will tell.
+    pub(super) fn ask_whether_it_runs(&self) {
+        let (qmp, state) = (self.qmp.clone(), self.state.clone());
+        let asking = async move {
+            if run_status(&qmp).await.is_ok_and(|s| s != "inmigrate") {
+                state.send_modify(|s| {
+                    s.resumed.get_or_insert_with(wall_clock);
+                });
+            }
+        };
+        let alive = self.alive.child_token();
+        tokio::spawn(alive.run_until_cancelled_owned(asking));
     }
 
     /// Room for one more op. Taken before a unit is claimed, so that a claim is never made by a call
@@ -281,11 +318,11 @@ fn append(
 
 async fn listen(
     mut read: OwnedReadHalf,
+    mut buffer: Vec<u8>,
     blocks: Vec<RamBlock>,
     state: watch::Sender<State>,
     requests: mpsc::Sender<(usize, Extent)>,
 ) {
-    let mut buffer = Vec::new();
     let mut last = None;
     loop {
         loop {

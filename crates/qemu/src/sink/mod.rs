@@ -2,7 +2,9 @@
 //!
 //! [`PostcopySink`] runs the guest before its memory is here and passes the pages it wants on as
 //! demands. [`PrecopySink`] is for hosts where QEMU may not use userfaultfd ([`postcopy_possible`]
-//! says): all memory first, then the guest runs.
+//! says): all memory first, then the guest runs. [`PostcopySink::recover`] goes on where another
+//! daemon's post-copy sink ended with that daemon; [`destination_state`] says whether there is such a
+//! thing.
 //!
 //! Both speak over one unix socket through one task, in the order in which they were called; a call
 //! dropped while it waits for room has placed nothing, and one that returned will be written whole.
@@ -10,6 +12,8 @@
 mod line;
 mod postcopy;
 mod precopy;
+mod recovery;
+mod state;
 
 use std::time::Duration;
 
@@ -17,6 +21,7 @@ use serde_json::json;
 
 pub use postcopy::{PostcopySink, Request};
 pub use precopy::PrecopySink;
+pub use state::{DestinationState, destination_state};
 
 use crate::qmp::Qmp;
 use crate::settings::Settings;

@@ -28,7 +28,7 @@ use crate::{Error, Result};
 pub type Request = (usize, Extent);
 
 /// Demands not taken yet. QEMU has one per waiting thread; at the bound it waits.
-const REQUESTS: usize = 1024;
+pub(super) const REQUESTS: usize = 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -101,6 +101,18 @@ impl PostcopySink {
             settings,
         };
         Ok((sink, receiver))
+    }
+
+    /// A sink whose switch lies behind it.
+    pub(super) fn running(line: Line, placed: Vec<UnitSet>, settings: Settings) -> PostcopySink {
+        PostcopySink {
+            line,
+            guard: Mutex::new(Guard {
+                phase: Phase::Running,
+                placed,
+            }),
+            settings,
+        }
     }
 
     /// Places whole units from `start` on. After the switch [`Error::PlacedTwice`] if QEMU has one of

@@ -119,6 +119,17 @@ impl<R: Read> StreamReader<R> {
         }
     }
 
+    /// Reads the stream by which a source QEMU takes a paused post-copy up again: no header and no list
+    /// of blocks comes, and the first RAM section's id is taken for RAM's.
+    pub fn resumed(read: R, blocks: Vec<RamBlock>) -> Self {
+        StreamReader {
+            at: At::Sections,
+            blocks,
+            packaged: true,
+            ..StreamReader::new(read)
+        }
+    }
+
     /// The blocks, known after [`Event::Layout`].
     pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
@@ -164,7 +175,8 @@ impl<R: Read> StreamReader<R> {
                 match self.section {
                     Some(expected) if expected == got => {}
                     Some(expected) => return Err(StreamError::SectionId { got, expected }),
-                    None => return Err(StreamError::NoBlocks),
+                    None if self.blocks.is_empty() => return Err(StreamError::NoBlocks),
+                    None => self.section = Some(got),
                 }
                 self.at = At::Ram(kind);
                 self.ram(kind)

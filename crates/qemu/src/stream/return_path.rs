@@ -3,9 +3,14 @@
 //! A message is `u16 type, u16 len, data`. Both directions are here: Whimbrel is a source to the
 //! destination QEMU (and reads this) and a destination to the source QEMU (and writes it).
 
+use whimbrel_engine::set::UnitSet;
+
 /// Longest message taken: a block's name and three numbers.
 const MAX_MESSAGE: usize = 1024;
 const HEADER: usize = 4;
+
+/// What closes a bitmap of received units.
+const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 
 /// One message of the return path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +34,34 @@ pub enum ReturnMessage {
     SwitchoverAck,
 }
 
+/// The bytes of a bitmap of received units, which follow [`ReturnMessage::RecvBitmap`]: u64 size, the
+/// set's little-endian words, u64 end mark.
+pub fn encode_bitmap(received: &UnitSet) -> Vec<u8> {
+    let bytes = received.to_bytes();
+    let mut out = (bytes.len() as u64).to_be_bytes().to_vec();
+    out.extend(bytes);
+    out.extend(BITMAP_END.to_be_bytes());
+    out
+}
+
+/// Bytes that [`encode_bitmap`] makes of a set of that capacity.
+pub fn bitmap_len(units: u64) -> usize {
+    units.div_ceil(64) as usize * 8 + 16
+}
+
+/// Reads what [`encode_bitmap`] has written: exactly [`bitmap_len`] bytes.
+pub fn decode_bitmap(units: u64, bytes: &[u8]) -> Result<UnitSet, ReturnError> {
+    let word = |at: usize| {
+        let word = bytes.get(at..at + 8).and_then(|b| b.try_into().ok());
+        word.map(u64::from_be_bytes)
+    };
+    let len = bitmap_len(units);
+    let whole =
+        bytes.len() == len && word(0) == Some(len as u64 - 16) && word(len - 8) == Some(BITMAP_END);
+    let set = whole.then(|| UnitSet::from_bytes(units, &bytes[8..len - 8]));
+    set.flatten().ok_or(ReturnError::Bitmap { units })
+}
+
 /// What a return path can be wrong in.
 #[derive(Debug, thiserror::Error)]
 pub enum ReturnError {
@@ -40,6 +73,8 @@ pub enum ReturnError {
     Type(u16),
     #[error("message type {kind} of {len} bytes is malformed")]
     Malformed { kind: u16, len: usize },
+    #[error("the bitmap of received pages of a block of {units} units is malformed")]
+    Bitmap { units: u64 },
     #[error("pages are wanted of block {0:?}, which does not exist")]
     Block(String),
     #[error("bytes {start}+{len} of block {block} do not exist")]
@@ -166,6 +201,24 @@ mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _ = ReturnMessage::decode(&bytes);
+            for units in [0, 1, 64, 200] {
+                let _ = decode_bitmap(units, &bytes);
+            }
+        }
+
+        #[test]
+        fn a_bitmap_is_read_as_it_was_written(units in 0u64..500, runs in proptest::collection::vec((0u64..500, 0u64..90), 0..6), at in any::<prop::sample::Index>()) {
+            let mut set = UnitSet::empty(units);
+            for (start, len) in runs {
+                set.insert(whimbrel_engine::space::Extent::new(start, len));
+            }
+            let mut bytes = encode_bitmap(&set);
+            prop_assert_eq!(bytes.len(), bitmap_len(units));
+            prop_assert_eq!(decode_bitmap(units, &bytes).expect("valid"), set);
+            prop_assert!(decode_bitmap(units, &bytes[1..]).is_err());
+            let last = bytes.len() - 1 - at.index(8);
+            bytes[last] ^= 1;
+            prop_assert!(decode_bitmap(units, &bytes).is_err());
         }
     }
 }

@@ -131,6 +131,18 @@ pub fn package(out: &mut Vec<u8>, device_state: &[u8]) {
     out.extend(package);
 }
 
+/// Asks which units of the block QEMU has received. Only in a recovery.
+pub fn recv_bitmap(out: &mut Vec<u8>, block: &RamBlock) {
+    let mut data = Vec::new();
+    name(&mut data, &block.name);
+    command(out, CMD_RECV_BITMAP, &data);
+}
+
+/// Ends a recovery's questions: the post-copy goes on.
+pub fn postcopy_resume(out: &mut Vec<u8>) {
+    command(out, CMD_POSTCOPY_RESUME, &[]);
+}
+
 /// The end of a pre-copy's stream. QEMU waits for the description of the devices that its own streams
 /// carry there, and looks at nothing in it.
 pub fn eof_described(out: &mut Vec<u8>) {
