@@ -41,6 +41,10 @@ pub enum LandingError {
         uuid: VolumeUuid,
     },
     #[error(
+        "the volume `{name}` that waits here has {found} bytes, the one that comes has {needed}"
+    )]
+    TooSmall { name: Name, found: u64, needed: u64 },
+    #[error(
         "not enough room under {}: the disks need {need} bytes, {free} are free",
         path.display()
     )]
@@ -68,6 +72,9 @@ struct ArrivingVolume {
     record: VolumeRecord,
     /// The record of the volume that left here earlier, if it did.
     previous: Option<VolumeRecord>,
+    /// It takes the place of a volume that was made to wait for it, whose record this was.
+    #[serde(default)]
+    awaited: Option<VolumeRecord>,
 }
 
 /// What is made for a migration, as it is written down.
@@ -140,7 +147,7 @@ impl Plan {
             .iter()
             .map(|offer| arriving(host, migration, &spec, prepare.epoch, offer))
             .collect::<Result<Vec<_>, _>>()?;
-        check_room(host, &prepare.disks)?;
+        check_room(host, &volumes, &prepare.disks)?;
         Ok(Plan {
             spec,
             returning,
@@ -199,7 +206,15 @@ impl Plan {
         for volume in &self.volumes {
             let record = &volume.record;
             let folder = host.state.volume_folder(&record.name);
-            let undone = if volume.previous.is_some() {
+            let undone = if volume.awaited.is_some() {
+                // The place waits on: nobody counts on what was stored there.
+                let _ = Journal::remove(&host.pool, &journal_folder(host, record)).await;
+                let _ = std::fs::remove_dir(journal_folder(host, record));
+                host.state.volume(&record.name).map_or(Ok(()), |now| {
+                    let waits = volume.awaited.as_ref().filter(|_| !now.awaits);
+                    waits.map_or(Ok(()), |waits| Ok(host.state.save_volume(waits)?))
+                })
+            } else if volume.previous.is_some() {
                 let _ = Journal::remove(&host.pool, &journal_folder(host, record)).await;
                 let _ = std::fs::remove_dir(journal_folder(host, record));
                 remove_file(&record.data_path(&folder))
@@ -274,7 +289,19 @@ fn arriving(
     if !spec.disks.iter().any(|d| d.volume == name) {
         return Err(bad(format!("`{name}` is none of its disks")));
     }
+    let mut awaited = None;
     let previous = match host.state.volume(&name) {
+        Ok(record) if record.awaits && record.machine.is_none() => {
+            if record.size < offer.size {
+                return Err(LandingError::TooSmall {
+                    name,
+                    found: record.size,
+                    needed: offer.size,
+                });
+            }
+            awaited = Some(record);
+            None
+        }
         Ok(record) => {
             let left_here = matches!(record.state, Ownership::Departed { .. });
             if !left_here || record.uuid != uuid {
@@ -289,9 +316,10 @@ fn arriving(
         Err(StateError::NoSuch { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    let data = match previous {
-        Some(_) => format!("{DATA_FILE}-{}", epoch.0),
-        None => DATA_FILE.to_string(),
+    let (data, format) = match (&previous, &awaited) {
+        (_, Some(place)) => (place.data.clone(), place.format),
+        (Some(_), None) => (format!("{DATA_FILE}-{}", epoch.0).into(), Format::Raw),
+        (None, None) => (PathBuf::from(DATA_FILE), Format::Raw),
     };
     Ok(ArrivingVolume {
         record: VolumeRecord {
@@ -299,8 +327,8 @@ fn arriving(
             uuid,
             size: offer.size,
             epoch,
-            data: PathBuf::from(data),
-            format: Format::Raw,
+            data,
+            format,
             awaits: false,
             created: previous.as_ref().map_or_else(Timestamp::now, |p| p.created),
             machine: Some(spec.name.clone()),
@@ -309,19 +337,27 @@ fn arriving(
             },
         },
         previous,
+        awaited,
     })
 }
 
-fn check_room(host: &Host, disks: &[DiskOffer]) -> Result<(), LandingError> {
+/// A device has its own room.
+fn check_room(
+    host: &Host,
+    volumes: &[ArrivingVolume],
+    disks: &[DiskOffer],
+) -> Result<(), LandingError> {
     let path = host.state.root();
     let stat = rustix::fs::statvfs(path).map_err(|e| LandingError::Io {
         path: path.to_path_buf(),
         source: e.into(),
     })?;
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    let need = disks
+    let need = volumes
         .iter()
-        .fold(MARGIN, |sum, d| sum.saturating_add(d.allocated));
+        .zip(disks)
+        .filter(|(volume, _)| volume.record.format != Format::Device)
+        .fold(MARGIN, |sum, (_, d)| sum.saturating_add(d.allocated));
     if need > free {
         return Err(LandingError::NoRoom {
             path: path.to_path_buf(),
@@ -350,7 +386,13 @@ async fn land(host: &Host, volume: &ArrivingVolume) -> Result<LandedVolume, Land
     let record = volume.record.clone();
     let folder = host.state.volume_folder(&record.name);
     let path = record.data_path(&folder);
-    let file = if volume.previous.is_some() {
+    let file = if volume.awaited.is_some() {
+        let place = Backend::open(&host.pool, &path, record.format, Access::ReadWrite).await?;
+        let place = place.narrowed(record.size)?;
+        // Units that are zero at the source are not sent: what nobody writes must read so.
+        place.blank(record.size).await?;
+        place
+    } else if volume.previous.is_some() {
         // Left by an attempt that was broken off so hard that it could not clean up.
         remove_file(&path)?;
         Backend::create(&host.pool, &path, record.format, record.size).await?

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use whimbrel_engine::space::SECTOR;
 use whimbrel_volume::backend::{Backend, Format};
+use whimbrel_volume::raw::Access;
 
 use crate::api::types::{CreateVolume, VolumeView};
 use crate::api::{ApiError, ErrorCode};
@@ -22,7 +23,8 @@ impl Daemon {
         )?;
         let size = match (&new.device, request.size) {
             (Some(device), None) => {
-                let open = Backend::create(&self.host.pool, device, Format::Device, 0).await;
+                let (format, access) = (Format::Device, Access::ReadWrite);
+                let open = Backend::open(&self.host.pool, device, format, access).await;
                 ByteSize(open.map_err(volume_error)?.size() / SECTOR * SECTOR)
             }
             (_, Some(size)) => size,

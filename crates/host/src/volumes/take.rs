@@ -45,9 +45,13 @@ impl Daemon {
     ) -> Result<VolumeView, ApiError> {
         let (record, _claim) = self.alone(&name).await?;
         let target = &request.file;
-        let exists = || std::io::Error::from(std::io::ErrorKind::AlreadyExists);
         if target.symlink_metadata().is_ok() {
-            return Err(file_error("there is a file already", target, exists()));
+            return Err(
+                ApiError::new(ErrorCode::Exists, "there is a file of that name already")
+                    .at(Some(target.display().to_string()))
+                    .machine_state("the volume and the file are as they were")
+                    .next_step("name another file, or move that one away"),
+            );
         }
         let file_name = target.file_name().unwrap_or_default().to_string_lossy();
         let part = Part(target.with_file_name(format!(".{file_name}.whimbrel-{}", record.uuid)));
@@ -81,7 +85,7 @@ impl Daemon {
         let mut new = NewVolume::begin(&self.host, &request.name, format, None)?;
         new.record.size = record.size;
         let from = open_data(&self.host, &record).await?;
-        // Byte for byte what another file is: a raw disk always, an image if nothing lies below it.
+        // Byte for byte what another file is; an image may have others below it, so it is copied.
         let same = format == record.format && format == Format::Raw;
         let shared = same && {
             from.sync().await.map_err(volume_error)?;

@@ -224,13 +224,11 @@ impl Image {
 pub(super) fn resize(path: &Path, size: u64) -> Result<()> {
     let inner = open_qcow2(path.to_path_buf(), Access::ReadWrite)?;
     let fail = |e| VolumeError::io(path, Operation::Resize, 0, size, e);
-    let mut format = inner.format.write().unwrap_or_else(PoisonError::into_inner);
     if size < inner.size {
         // The last cluster stays if only a part of it goes: growing again must not bring that back.
-        format
-            .discard_to_zero(size, inner.size - size)
-            .map_err(fail)?;
+        inner.discard(size, inner.size - size).map_err(fail)?;
     }
+    let mut format = inner.format.write().unwrap_or_else(PoisonError::into_inner);
     format.resize(size, PreallocateMode::None).map_err(fail)?;
     drop(format);
     inner.sync()
