@@ -7,10 +7,10 @@ pub struct Limits {
     /// Requests of one connection that are being served or whose answer is not yet sent. At the bound
     /// (at least 1) nothing more is read from the client until an answer is sent.
     pub requests: usize,
-    /// Bytes of payload, written or read, held for those requests. A request that would exceed the
-    /// bound waits, unread; one that alone exceeds it is served alone. So the most a connection holds is
-    /// the greater of this and the export's `max_block`, plus a fixed buffer of
-    /// [`INBOX`](crate::INBOX) bytes.
+    /// Bytes of payload, written or read, held for those requests; the descriptors of a block status
+    /// count as read. A request that would exceed the bound waits, unread; one that alone exceeds it is
+    /// served alone. So the most a connection holds is the greater of this and the export's `max_block`,
+    /// plus a fixed buffer of [`INBOX`](crate::INBOX) bytes and, with TLS, some 200 KiB of its records.
     pub bytes: u64,
     /// Time from the connection to the end of negotiation. Then the connection is closed.
     pub handshake: Duration,

@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use whimbrel_nbd::spec::*;
 use whimbrel_nbd::{
-    Directory, Errno, Export, ExportInfo, INBOX, Limits, OpenError, StatusRun, Tls, ZeroHow,
-    serve_connection,
+    Content, Directory, Errno, Export, ExportInfo, INBOX, Limits, OpenError, Piece, StatusRun, Tls,
+    ZeroHow, serve_connection,
 };
 
 const PIPE: usize = 16 << 10;
@@ -44,6 +44,12 @@ impl Export for Void {
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
         wait(offset).await;
         Ok(vec![0; len as usize].into())
+    }
+    async fn read_sparse(&self, offset: u64, len: u32) -> Result<Content, Errno> {
+        if offset == 4096 {
+            return Ok(Content::Pieces(vec![Piece::Zeroes(len)]));
+        }
+        Ok(Content::Whole(self.read(offset, len).await?))
     }
     async fn write(&self, offset: u64, _data: Bytes, _fua: bool) -> Result<(), Errno> {
         wait(offset).await;
@@ -134,8 +140,8 @@ fn bad_option() -> impl Strategy<Value = Vec<u8>> {
     })
 }
 
-/// A request, right or wrong. A write may lack its payload.
-fn request() -> impl Strategy<Value = Vec<u8>> {
+/// A request, right or wrong, in either form. What has a payload may lack it.
+fn request(wide: bool) -> impl Strategy<Value = Vec<u8>> {
     let offset = prop_oneof![
         (0u64..8).prop_map(|n| n * 512),
         Just((1 << 40) - 512),
@@ -143,39 +149,79 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
         any::<u64>()
     ];
     let kind = prop_oneof![0u16..9, Just(CMD_WRITE), Just(CMD_READ), any::<u16>()];
-    let flags = prop_oneof![Just(0), 0u16..32, any::<u16>()];
+    let flags = prop_oneof![Just(0), 0u16..64, any::<u16>()];
     let whole = prop::bool::weighted(0.9);
-    let parts = (kind, flags, offset, length(), whole);
-    parts.prop_map(|(kind, flags, offset, len, whole)| {
-        let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
+    let long = prop_oneof![9 => Just(0u64), 1 => any::<u64>()];
+    let parts = (kind, flags, offset, length(), long, whole);
+    parts.prop_map(move |(kind, flags, offset, len, long, whole)| {
+        let magic = if wide {
+            EXTENDED_REQUEST_MAGIC
+        } else {
+            REQUEST_MAGIC
+        };
+        let mut bytes = magic.to_be_bytes().to_vec();
         bytes.extend(flags.to_be_bytes());
         bytes.extend(kind.to_be_bytes());
         bytes.extend([9; 8]);
         bytes.extend(offset.to_be_bytes());
-        bytes.extend(len.to_be_bytes());
-        if kind == CMD_WRITE && whole {
+        if wide {
+            bytes.extend((long ^ u64::from(len)).to_be_bytes());
+        } else {
+            bytes.extend(len.to_be_bytes());
+        }
+        let payload = kind == CMD_WRITE || wide && flags & CMD_FLAG_PAYLOAD_LEN != 0;
+        if payload && whole {
             bytes.resize(bytes.len() + len.min(1 << 20) as usize, 0xaa);
         }
         bytes
     })
 }
 
+/// A BLOCK_STATUS for some contexts, in order or not.
+fn filter() -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec(0u32..4, 0..18).prop_map(|numbers| {
+        let mut bytes = EXTENDED_REQUEST_MAGIC.to_be_bytes().to_vec();
+        bytes.extend(CMD_FLAG_PAYLOAD_LEN.to_be_bytes());
+        bytes.extend(CMD_BLOCK_STATUS.to_be_bytes());
+        bytes.extend([9; 16]);
+        bytes.extend((8 + 4 * numbers.len() as u64).to_be_bytes());
+        bytes.extend(4096u64.to_be_bytes());
+        bytes.extend(numbers.iter().flat_map(|number| number.to_be_bytes()));
+        bytes
+    })
+}
+
+fn transmission(wide: bool) -> BoxedStrategy<Vec<u8>> {
+    let good = prop::collection::vec(good_option(), 0..4);
+    let one = if wide {
+        prop_oneof![8 => request(true), 1 => filter()].boxed()
+    } else {
+        request(false).boxed()
+    };
+    let requests = prop::collection::vec(one, 0..40);
+    (good, requests)
+        .prop_map(move |(good, requests)| {
+            let mut bytes = Vec::new();
+            if wide {
+                bytes.extend(b"IHAVEOPT\0\0\0\x0b\0\0\0\0");
+            }
+            bytes.extend(good.concat());
+            bytes.extend(GO);
+            bytes.extend(requests.concat());
+            bytes
+        })
+        .boxed()
+}
+
 fn conversation() -> impl Strategy<Value = Vec<u8>> {
     let negotiation = prop_oneof![good_option(), bad_option(), Just(GO.to_vec()), noise()];
     let negotiation = prop::collection::vec(negotiation, 0..10);
-    let good = prop::collection::vec(good_option(), 0..4);
-    let requests = prop::collection::vec(request(), 0..40);
-    let transmission = (good, requests).prop_map(|(good, requests)| {
-        let mut bytes = good.concat();
-        bytes.extend(GO);
-        bytes.extend(requests.concat());
-        bytes
-    });
     let flags = [0, 0, 0, 3];
+    let requests = prop_oneof![transmission(false), transmission(true)];
     prop_oneof![
         1 => prop::collection::vec(any::<u8>(), 0..300),
         3 => negotiation.prop_map(move |pieces| [&flags[..], &pieces.concat()].concat()),
-        6 => transmission.prop_map(move |bytes| [&flags[..], &bytes].concat()),
+        6 => requests.prop_map(move |bytes| [&flags[..], &bytes].concat()),
     ]
 }
 
