@@ -146,6 +146,39 @@ h.shutdown()
 }
 
 #[test]
+fn two_contexts_are_answered_for_side_by_side() {
+    let fixture = Fixture::new(4 * MIB);
+    fixture.nbdsh(
+        r"
+h.add_meta_context('base:allocation')
+h.add_meta_context('whimbrel:residency')
+h.connect_uri(uri.replace('disk', 'unaligned'))
+h.pwrite(b'd' * 32768, 32768)
+both = status(h, 1 << 20, 0)
+assert both == {
+    'base:allocation': [32768, 3, 32768, 0, 983040, 3],
+    'whimbrel:residency': [32768, 0, 32768, 1, 983040, 0],
+}, both
+h.shutdown()
+",
+    );
+    let uri = fixture.uri("unaligned");
+    let map = fixture.run("nbdinfo", &["--map=whimbrel:residency", &uri]);
+    let rows: Vec<Vec<&str>> = map
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert_eq!(
+        rows,
+        [
+            ["0", "32768", "0"],
+            ["32768", "32768", "1"],
+            ["65536", "4128767", "0"]
+        ]
+    );
+}
+
+#[test]
 fn libnbd_without_structured_replies_has_everything_but_status_and_df() {
     Fixture::new(4 * MIB).nbdsh(
         r"

@@ -180,7 +180,7 @@ impl Export for Memory {
 
     async fn block_status(
         &self,
-        _context: &str,
+        context: &str,
         offset: u64,
         len: u64,
         _one: bool,
@@ -188,9 +188,11 @@ impl Export for Memory {
         self.healthy(offset)?;
         let runs = self.parts(offset, len).map(|(page, _, part, _)| StatusRun {
             len: part as u64,
-            flags: match &*reading(page) {
-                Some(_) => 0,
-                None => STATE_HOLE | STATE_ZERO,
+            flags: match (context, &*reading(page)) {
+                (BASE_ALLOCATION, Some(_)) => 0,
+                (BASE_ALLOCATION, None) => STATE_HOLE | STATE_ZERO,
+                // Any other: whether it was written.
+                (_, content) => content.is_some().into(),
             },
         });
         Ok(runs.collect())
