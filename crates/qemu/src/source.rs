@@ -24,6 +24,13 @@
 //! Either way QEMU may also end an agreed stop as a plain pre-copy when hardly a page is left. Both
 //! ends give the same [`Handover`].
 //!
+//! # What keeps the guest stopped if this daemon dies
+//! In post-copy a QEMU that loses its reader keeps the guest stopped (`postcopy-paused`). At the end of a
+//! plain pre-copy it does not: with the device state already in our hands, the socket's end makes the
+//! migration `failed` and QEMU lets the guest run again by itself. Whoever has passed the device state on
+//! by then has the guest running twice. So [`RamSource::stop`] returns such an end only once QEMU is
+//! `completed`. (`take_back` is the way back for a daemon that comes after.)
+//!
 //! # Not burning a core while undecided
 //! After the first pass the reading thread pauses after every section, so that QEMU blocks in its
 //! write: long enough to keep to [`SourceOptions::later_rounds`], and at least [`BREATH`]. No setting
@@ -121,6 +128,15 @@ enum Phase {
     Failed(String),
 }
 
+/// What the stream held at the stop.
+#[derive(Clone, Debug)]
+struct Taken {
+    device_state: Bytes,
+    stale: Vec<UnitSet>,
+    /// QEMU ended a plain pre-copy: it resumes the guest by itself unless it completes.
+    precopy: bool,
+}
+
 /// What the reading thread and the rest share.
 #[derive(Debug)]
 struct Shared {
@@ -129,7 +145,7 @@ struct Shared {
     return_path: Mutex<()>,
     pace: reading::Pace,
     phase: watch::Sender<Phase>,
-    taken: Mutex<Option<(Bytes, Vec<UnitSet>)>>,
+    taken: Mutex<Option<Taken>>,
     stopped_at: watch::Sender<Option<Duration>>,
 }
 
@@ -356,10 +372,14 @@ impl RamSource {
             command: "STOP",
             what: "no timestamp",
         })?;
-        let (device_state, stale) = self.taken().ok_or(Error::Phase { what: "stop" })?;
+        let taken = self.taken().ok_or(Error::Phase { what: "stop" })?;
+        if taken.precopy {
+            // Nothing is stale, so this takes milliseconds; see the traps above.
+            self.drained().await?;
+        }
         Ok(Handover {
-            device_state,
-            stale,
+            device_state: taken.device_state,
+            stale: taken.stale,
             stopped_at_qemu,
         })
     }
@@ -466,7 +486,7 @@ impl RamSource {
         self.settings.restore(&self.qmp).await
     }
 
-    fn taken(&self) -> Option<(Bytes, Vec<UnitSet>)> {
+    fn taken(&self) -> Option<Taken> {
         let taken = &self.shared.taken;
         taken.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 use whimbrel_engine::set::UnitSet;
 
-use super::{BREATH, Phase, Shared, SourceEvent};
+use super::{BREATH, Phase, Shared, SourceEvent, Taken};
 use crate::store::RamStore;
 use crate::stream::reader::{Command, Event, StreamReader, unpack};
 use crate::stream::return_path::ReturnMessage;
@@ -163,9 +163,9 @@ impl Reading {
                     }
                 }
                 Event::Command(Command::Packaged(package)) => {
-                    self.stopped(Bytes::copy_from_slice(unpack(&package)?))?;
+                    self.stopped(Bytes::copy_from_slice(unpack(&package)?), false)?;
                 }
-                Event::DeviceState(state) => self.stopped(state.into())?,
+                Event::DeviceState(state) => self.stopped(state.into(), true)?,
                 Event::RamEnd | Event::Command(_) => {}
                 Event::Eof => return self.end(),
             }
@@ -212,14 +212,18 @@ impl Reading {
         }
     }
 
-    fn stopped(&mut self, device_state: Bytes) -> Result<()> {
+    fn stopped(&mut self, device_state: Bytes, precopy: bool) -> Result<()> {
         let store = self.store()?;
         let stale: Vec<UnitSet> = (0..store.blocks()).map(|b| store.stale(b)).collect();
         *self
             .shared
             .taken
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some((device_state, stale));
+            .unwrap_or_else(PoisonError::into_inner) = Some(Taken {
+            device_state,
+            stale,
+            precopy,
+        });
         self.shared.enter(Phase::Stopped);
         if !self.shared.pace.hurrying() {
             let _ = self.events.blocking_send(SourceEvent::StoppedByItself);
