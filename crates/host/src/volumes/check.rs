@@ -123,6 +123,10 @@ impl Daemon {
                             "nothing need be done: the next machine to open it counts anew; or say --repair",
                         ),
                     }
+                    if counts.dirty && !repair {
+                        // Opening it would put it right, and nobody asked for that.
+                        return;
+                    }
                 }
                 Err(error) => {
                     found.advise(FindingKind::Broken, error.to_string(), advice);
@@ -130,12 +134,7 @@ impl Daemon {
                 }
             }
         }
-        let access = match record.format {
-            // To read, an image that was not closed is not opened; it was looked through already.
-            Format::Qcow2 => Access::ReadWrite,
-            Format::Raw | Format::Device => Access::ReadOnly,
-        };
-        match Backend::open(pool, path, record.format, access).await {
+        match Backend::open(pool, path, record.format, Access::ReadOnly).await {
             Err(error @ VolumeError::InUse { .. }) => {
                 found.advise(
                     FindingKind::Broken,
