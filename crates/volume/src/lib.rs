@@ -3,6 +3,7 @@
 //! | module | idea |
 //! |---|---|
 //! | [`pool`] | the few threads on which blocking I/O runs, so that the async runtime never does |
+//! | [`lent`] | threads that serve one client, on which disk I/O needs no other thread |
 //! | [`raw`] | a raw sparse file (or block device) with an async face |
 //! | [`backend`] | what the content lies in: a raw file, a block device, a qcow2 image; one type for all |
 //! | [`journal`] | which units of a volume being filled are here, through any crash |
@@ -12,13 +13,16 @@
 //! Every error of the crate is a [`VolumeError`].
 
 pub mod backend;
+mod buffers;
 pub mod digest;
 pub mod error;
 pub mod heat;
 pub mod heat_file;
 pub mod journal;
+pub mod lent;
 pub mod pool;
 pub mod raw;
+mod ring;
 mod turns;
 
 pub use error::{Operation, VolumeError};

@@ -18,6 +18,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::VolumeError;
+use crate::buffers::Buffers;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -55,6 +56,7 @@ pub struct Pool(Arc<Handle>);
 struct Handle {
     quick: Arc<Queue>,
     slow: Arc<Queue>,
+    buffers: Buffers,
 }
 
 struct Queue {
@@ -77,6 +79,7 @@ impl Pool {
         let pool = Pool(Arc::new(Handle {
             quick: Queue::new(size.bound),
             slow: Queue::new(size.bound),
+            buffers: Buffers::default(),
         }));
         for (queue, name, threads) in [
             (&pool.0.quick, "io", size.quick_threads),
@@ -120,6 +123,11 @@ impl Pool {
     /// small itself (a journal has one).
     pub(crate) fn hand_over(&self, lane: Lane, job: impl FnOnce() + Send + 'static) {
         self.queue(lane).push(Box::new(job));
+    }
+
+    /// What the volumes of this pool read into.
+    pub(crate) fn buffers(&self) -> &Buffers {
+        &self.0.buffers
     }
 
     fn queue(&self, lane: Lane) -> &Arc<Queue> {

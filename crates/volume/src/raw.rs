@@ -1,18 +1,25 @@
 //! A raw volume: a sparse file, or a block device.
 //!
 //! # How it does I/O
-//! Buffered, through the page cache: QEMU's own cache modes are kept by the flushes it sends. A read that
-//! the page cache can answer is done on the caller's thread (`preadv2` with `RWF_NOWAIT` fails with
-//! `EAGAIN` rather than wait for a disk); all else goes to the [pool](crate::pool), so that a slow or dead
-//! disk stalls its own requests and never the runtime. Writes try the same where the file system can
-//! (XFS, btrfs; ext4 refuses, and is not asked again). Writes that go to the pool are done by one of its
-//! threads at a time per volume: a file system lets only one writer into a file anyway, and eight threads
-//! queueing for its lock were measured to cost more than the writing.
+//! Buffered, through the page cache, unless it was opened to go [past it](direct): QEMU's own cache modes
+//! are kept by the flushes it sends. A read that the page cache can answer is done on the caller's thread
+//! (`preadv2` with `RWF_NOWAIT` fails with `EAGAIN` rather than wait for a disk); all else goes to the
+//! [pool](crate::pool), so that a slow or dead disk stalls its own requests and never the runtime. Writes
+//! try the same where the file system can (XFS, btrfs; ext4 refuses, and is not asked again). Writes that
+//! go to the pool are done by one of its threads at a time per volume: a file system lets only one writer
+//! into a file anyway, and eight threads queueing for its lock were measured to cost more than the writing.
+//!
+//! On a [lent](crate::lent) thread, which serves one client and no runtime of others, reads that must wait
+//! go to the thread's [ring](crate::ring), and writes into the page cache are done on the spot, as far as
+//! its [patience] goes.
 //!
 //! # Traps
 //! - Requests in flight together are not ordered. As on a disk, whoever needs an order awaits the first.
 //! - A future dropped half way leaves its request running: the bytes may still be written.
 //! - After one failed sync every later one fails, see [`VolumeError::SyncLost`].
+
+mod direct;
+mod patience;
 
 use std::fs::{File, OpenOptions};
 use std::future::Future;
@@ -29,16 +36,22 @@ use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::buffers::Buffer;
 use crate::journal::DataSync;
 use crate::pool::{Lane, Pool};
 use crate::turns::Turns;
-use crate::{Operation, VolumeError};
+use crate::{Operation, VolumeError, lent, ring};
+use direct::Direct;
+use patience::Patience;
 
 type Result<T> = std::result::Result<T, VolumeError>;
 
 /// Reads and writes up to this many bytes are tried on the caller's thread; copying more would keep the
 /// runtime from others for longer than a hand-over costs.
 const INLINE: usize = 64 << 10;
+
+/// The same on a lent thread, where others are only requests of the same client.
+const INLINE_LENT: usize = 1 << 20;
 
 /// Zeroes written at a time where the file system cannot zero by itself.
 const ZEROES: usize = 1 << 20;
@@ -85,7 +98,9 @@ pub struct RawFile {
 }
 
 struct Inner {
-    file: File,
+    file: Arc<File>,
+    /// Reads and writes go past the page cache.
+    direct: Option<Direct>,
     path: PathBuf,
     size: u64,
     /// What the file system was found able to do; tried until refused once.
@@ -93,6 +108,7 @@ struct Inner {
     nowait_write: AtomicBool,
     punch: AtomicBool,
     zero_range: AtomicBool,
+    patience: Patience,
     writes: Mutex<Writes>,
     write_room: Arc<Semaphore>,
     sync_failed: Mutex<Option<Arc<io::Error>>>,
@@ -189,20 +205,52 @@ impl RawFile {
     /// Reads exactly `len` bytes.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes> {
         self.inner.test(Operation::Read, offset, len as u64)?;
-        let mut head = Vec::new();
-        if len <= INLINE && self.inner.nowait_read.load(Ordering::Relaxed) {
-            let mut bytes = vec![0; len];
-            let done = self.inner.read_nowait(offset, &mut bytes);
+        if let Some(direct) = &self.inner.direct {
+            return self.read_direct(direct, offset, len).await;
+        }
+        let mut buffer = self.pool.buffers().take(len);
+        let mut done = 0;
+        if len <= inline_most() && self.inner.nowait_read.load(Ordering::Relaxed) {
+            done = self.inner.read_nowait(offset, buffer.as_mut());
             if done == len {
-                return Ok(bytes.into());
+                return Ok(buffer.freeze());
             }
-            bytes.truncate(done);
-            head = bytes;
+        }
+        self.read_waiting(Arc::clone(&self.inner.file), offset, buffer, done)
+            .await
+    }
+
+    /// Fills the buffer from its byte `done` on, waiting for the disk wherever that is done best.
+    async fn read_waiting(
+        &self,
+        file: Arc<File>,
+        offset: u64,
+        mut buffer: Buffer,
+        mut done: usize,
+    ) -> Result<Bytes> {
+        let len = buffer.as_ref().len();
+        if lent::is_lent() {
+            match ring::read(&file, offset + done as u64, buffer, done) {
+                Ok(finished) => match finished.await {
+                    Ok((Ok(got), Some(back))) if got == len - done => return Ok(back.freeze()),
+                    // Short, or an error: the pool goes on from there, and finds the error again.
+                    Ok((got, Some(back))) => {
+                        done += got.unwrap_or(0);
+                        buffer = back;
+                    }
+                    Ok((_, None)) | Err(_) => {
+                        done = 0;
+                        buffer = self.pool.buffers().take(len);
+                    }
+                },
+                Err(back) => buffer = back,
+            }
         }
         let inner = Arc::clone(&self.inner);
         self.pool
             .run(Lane::Quick, move || {
-                inner.read_rest(offset, head, len).map(Bytes::from)
+                inner.read_rest(&file, offset, buffer.as_mut(), done)?;
+                Ok(buffer.freeze())
             })
             .await?
     }
@@ -211,6 +259,17 @@ impl RawFile {
     pub async fn write(&self, offset: u64, bytes: Bytes) -> Result<()> {
         self.inner
             .test(Operation::Write, offset, bytes.len() as u64)?;
+        if let Some(direct) = &self.inner.direct {
+            return self.write_direct(direct, offset, bytes).await;
+        }
+        if lent::is_lent()
+            && bytes.len() <= INLINE_LENT
+            && let Some(begun) = self.inner.patience.begin()
+        {
+            let result = self.inner.write_blocking(offset, &bytes);
+            self.inner.patience.ended(begun);
+            return result;
+        }
         let mut done = 0;
         if bytes.len() <= INLINE && self.inner.nowait_write.load(Ordering::Relaxed) {
             done = self.inner.write_nowait(offset, &bytes);
@@ -244,6 +303,10 @@ impl RawFile {
     /// writing them.
     pub async fn write_zeroes(&self, offset: u64, len: u64, how: Zeroes) -> Result<()> {
         self.inner.test(Operation::WriteZeroes, offset, len)?;
+        if let Some(direct) = &self.inner.direct {
+            let op = Operation::WriteZeroes;
+            return self.zero_direct(direct, op, offset, len, how).await;
+        }
         let inner = Arc::clone(&self.inner);
         // A lane for what may take long: where zeroes must be written, this can be gigabytes.
         let lane = if len <= 32 << 20 {
@@ -262,6 +325,12 @@ impl RawFile {
     /// punch holes, so that what is read afterwards is the same everywhere.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
         self.inner.test(Operation::Discard, offset, len)?;
+        if let Some(direct) = &self.inner.direct {
+            let how = Zeroes::default();
+            return self
+                .zero_direct(direct, Operation::Discard, offset, len, how)
+                .await;
+        }
         let inner = Arc::clone(&self.inner);
         let lane = if len <= 32 << 20 {
             Lane::Quick
@@ -313,6 +382,10 @@ impl RawFile {
     /// Asks the kernel to read the range (its first 32 MiB) into the page cache; does not wait for that.
     pub async fn prefetch(&self, offset: u64, len: u64) -> Result<()> {
         self.inner.test(Operation::Prefetch, offset, len)?;
+        if self.inner.direct.is_some() {
+            // Nobody would read it from there.
+            return Ok(());
+        }
         let inner = Arc::clone(&self.inner);
         let advise = move || {
             let wanted = std::num::NonZeroU64::new(len.min(PREFETCH));
@@ -337,7 +410,9 @@ pub(crate) struct Blocking(Arc<Inner>);
 
 impl Blocking {
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>> {
-        self.0.read_rest(offset, Vec::new(), len)
+        let mut bytes = vec![0; len];
+        self.0.read_rest(&self.0.file, offset, &mut bytes, 0)?;
+        Ok(bytes)
     }
 
     pub fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
@@ -351,6 +426,10 @@ impl DataSync for RawFile {
     }
 }
 
+fn inline_most() -> usize {
+    if lent::is_lent() { INLINE_LENT } else { INLINE }
+}
+
 fn size_of(file: &File) -> io::Result<u64> {
     let meta = file.metadata()?;
     if meta.file_type().is_block_device() {
@@ -362,13 +441,15 @@ fn size_of(file: &File) -> io::Result<u64> {
 impl Inner {
     fn new(file: File, path: PathBuf, size: u64) -> Inner {
         Inner {
-            file,
+            file: Arc::new(file),
+            direct: None,
             path,
             size,
             nowait_read: AtomicBool::new(true),
             nowait_write: AtomicBool::new(true),
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
+            patience: Patience::default(),
             writes: Mutex::default(),
             write_room: Arc::new(Semaphore::new(WRITES)),
             sync_failed: Mutex::new(None),
@@ -448,40 +529,31 @@ impl Inner {
         }
     }
 
-    /// Completes `head`, which holds the first bytes, to `len`.
-    fn read_rest(&self, offset: u64, head: Vec<u8>, len: usize) -> Result<Vec<u8>> {
-        let mut bytes = head;
-        // Exact, so that the vector becomes `Bytes` without another allocation.
-        bytes.reserve_exact(len - bytes.len());
-        while bytes.len() < len {
-            let at = offset + bytes.len() as u64;
-            let room = len - bytes.len();
-            // The allocator may have given more room than was asked for: read no further than `len`.
-            let got = if bytes.capacity() == len {
-                rustix::io::pread(&self.file, rustix::buffer::spare_capacity(&mut bytes), at)
-            } else {
-                let from = bytes.len();
-                bytes.resize(len, 0);
-                let got = rustix::io::pread(&self.file, &mut bytes[from..], at);
-                bytes.truncate(from + got.unwrap_or(0));
-                got
-            };
-            match got {
+    /// Fills the bytes, of which the first `done` are there.
+    fn read_rest(&self, file: &File, offset: u64, bytes: &mut [u8], mut done: usize) -> Result<()> {
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let room = (bytes.len() - done) as u64;
+            match rustix::io::pread(file, &mut bytes[done..], at) {
                 Ok(0) => {
                     // Shorter than it was when it was opened.
                     let e = io::ErrorKind::UnexpectedEof.into();
-                    return Err(self.error(Operation::Read, at, room as u64, e));
+                    return Err(self.error(Operation::Read, at, room, e));
                 }
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(e) => return Err(self.error(Operation::Read, at, room as u64, e.into())),
+                Ok(got) => done += got,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(self.error(Operation::Read, at, room, e.into())),
             }
         }
-        Ok(bytes)
+        Ok(())
     }
 
     fn write_blocking(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.file
-            .write_all_at(bytes, offset)
+        self.write_to(&self.file, offset, bytes)
+    }
+
+    fn write_to(&self, file: &File, offset: u64, bytes: &[u8]) -> Result<()> {
+        file.write_all_at(bytes, offset)
             .map_err(|e| self.error(Operation::Write, offset, bytes.len() as u64, e))
     }
 

@@ -171,44 +171,192 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// How a volume is opened, and from where it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Buffered,
+    Direct,
+    /// On a thread of its own.
+    LentBuffered,
+    LentDirect,
+}
+
+impl Way {
+    const ALL: [Way; 4] = [
+        Way::Buffered,
+        Way::Direct,
+        Way::LentBuffered,
+        Way::LentDirect,
+    ];
+
+    /// Runs a test's future to its end, where this way wants it.
+    fn run<F: Future<Output = ()>>(self, test: impl FnOnce() -> F + Send) {
+        let lent = matches!(self, Way::LentBuffered | Way::LentDirect);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut runtime = tokio::runtime::Builder::new_current_thread();
+                if lent {
+                    lent::lend_this_thread();
+                } else {
+                    runtime = tokio::runtime::Builder::new_multi_thread();
+                }
+                runtime.enable_all().build().unwrap().block_on(test());
+            });
+        });
+    }
+
+    async fn fresh(self, size: u64) -> (tempfile::TempDir, RawFile) {
+        let (dir, file) = fresh(size).await;
+        if matches!(self, Way::Buffered | Way::LentBuffered) {
+            return (dir, file);
+        }
+        let file = RawFile::open_direct(file.pool(), file.path(), Access::ReadWrite)
+            .await
+            .unwrap();
+        (dir, file)
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
     #[test]
-    fn a_volume_is_an_array_of_bytes(ops in proptest::collection::vec(op(), 1..12)) {
-        let runtime = tokio::runtime::Runtime::new().unwrap();
-        runtime.block_on(async {
-            let size = 400_001;
-            let (_dir, file) = fresh(size).await;
-            let mut model = vec![0u8; size as usize];
-            for op in ops {
-                match op {
-                    Op::Write(o, l, b) => {
-                        file.write(o, Bytes::from(vec![b; l])).await.unwrap();
-                        model[o as usize..o as usize + l].fill(b);
-                    }
-                    Op::Zero(o, l, no_hole) => {
-                        let how = Zeroes { no_hole, fast_only: false };
-                        file.write_zeroes(o, l, how).await.unwrap();
-                        model[o as usize..(o + l) as usize].fill(0);
-                    }
-                    Op::Discard(o, l) => {
-                        file.discard(o, l).await.unwrap();
-                        model[o as usize..(o + l) as usize].fill(0);
-                    }
-                }
+    fn a_volume_is_an_array_of_bytes(
+        way in proptest::sample::select(&Way::ALL),
+        ops in proptest::collection::vec(op(), 1..12),
+    ) {
+        way.run(async move || array_of_bytes(way, ops).await);
+    }
+}
+
+async fn array_of_bytes(way: Way, ops: Vec<Op>) {
+    let direct = matches!(way, Way::Direct | Way::LentDirect);
+    let size = if direct { 401_408 } else { 400_001 };
+    let (_dir, file) = way.fresh(size).await;
+    let mut model = vec![0u8; size as usize];
+    for op in ops {
+        match op {
+            Op::Write(o, l, b) => {
+                file.write(o, Bytes::from(vec![b; l])).await.unwrap();
+                model[o as usize..o as usize + l].fill(b);
             }
-            assert_eq!(file.read(0, size as usize).await.unwrap(), model);
-            let runs = file.data_extents(1000, size - 1000).await.unwrap();
-            let mut at = 1000;
-            for run in &runs {
-                assert_eq!(run.offset, at);
-                at += run.len;
-                if !run.data {
-                    let hole = &model[run.offset as usize..at as usize];
-                    assert!(hole.iter().all(|&b| b == 0));
-                }
+            Op::Zero(o, l, no_hole) => {
+                let how = Zeroes {
+                    no_hole,
+                    fast_only: false,
+                };
+                file.write_zeroes(o, l, how).await.unwrap();
+                model[o as usize..(o + l) as usize].fill(0);
             }
-            assert_eq!(at, size);
+            Op::Discard(o, l) => {
+                file.discard(o, l).await.unwrap();
+                model[o as usize..(o + l) as usize].fill(0);
+            }
+        }
+    }
+    assert_eq!(file.read(0, size as usize).await.unwrap(), model);
+    assert_eq!(file.read(777, 5000).await.unwrap(), model[777..5777]);
+    let runs = file.data_extents(1000, size - 1000).await.unwrap();
+    let mut at = 1000;
+    for run in &runs {
+        assert_eq!(run.offset, at);
+        at += run.len;
+        if !run.data {
+            let hole = &model[run.offset as usize..at as usize];
+            assert!(hole.iter().all(|&b| b == 0));
+        }
+    }
+    assert_eq!(at, size);
+    file.sync().await.unwrap();
+    // What others see is the same, whatever way it went.
+    assert_eq!(std::fs::read(file.path()).unwrap(), model);
+}
+
+#[test]
+fn parts_of_one_block_written_at_the_same_time_all_arrive() {
+    for way in Way::ALL {
+        way.run(async move || {
+            let (_dir, file) = way.fresh(MIB).await;
+            for round in 1..20u8 {
+                let mut writes = Vec::new();
+                for part in 0..40u64 {
+                    let (file, bytes) = (file.clone(), Bytes::from(vec![round; 100]));
+                    let write = async move { file.write(96 + part * 100, bytes).await };
+                    writes.push(tokio::spawn(write));
+                }
+                let (whole, bytes) = (file.clone(), Bytes::from(vec![round; 4096]));
+                writes.push(tokio::spawn(async move { whole.write(4096, bytes).await }));
+                for write in writes {
+                    write.await.unwrap().unwrap();
+                }
+                let bytes = file.read(96, 8192 - 96).await.unwrap();
+                assert!(bytes.iter().all(|&b| b == round), "{way:?} {round}");
+            }
         });
     }
+}
+
+#[test]
+fn more_requests_than_a_ring_holds_are_all_done() {
+    for way in [Way::Direct, Way::LentDirect] {
+        way.run(async move || {
+            let (_dir, file) = way.fresh(4 * MIB).await;
+            let writes: Vec<_> = (0..1000u64)
+                .map(|n| {
+                    let (file, bytes) = (file.clone(), Bytes::from(vec![n as u8; 4096]));
+                    tokio::spawn(async move { file.write(n * 4096, bytes).await })
+                })
+                .collect();
+            for write in writes {
+                write.await.unwrap().unwrap();
+            }
+            let reads: Vec<_> = (0..1000u64)
+                .map(|n| {
+                    let file = file.clone();
+                    tokio::spawn(async move { (n, file.read(n * 4096, 4096).await.unwrap()) })
+                })
+                .collect();
+            for read in reads {
+                let (n, bytes) = read.await.unwrap();
+                assert!(bytes.iter().all(|&b| b == n as u8), "{n}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_thread_that_ends_with_requests_under_way_waits_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    let made = path.clone();
+    Way::LentDirect.run(async move || {
+        let pool = Pool::start(PoolSize::default()).unwrap();
+        RawFile::create(&pool, &made, MIB).await.unwrap();
+        let file = RawFile::open_direct(&pool, &made, Access::ReadWrite)
+            .await
+            .unwrap();
+        for n in 0..100u64 {
+            let bytes = Bytes::from(vec![7; 4096]);
+            let mut write = Box::pin(file.write(n * 4096, bytes));
+            // Begun, and left.
+            assert!(poll_once(write.as_mut()).is_pending());
+        }
+        tokio::task::yield_now().await;
+    });
+    assert_eq!(std::fs::read(path).unwrap()[..409_600], vec![7; 409_600]);
+}
+
+fn poll_once<F: Future>(future: Pin<&mut F>) -> std::task::Poll<F::Output> {
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    future.poll(&mut cx)
+}
+
+#[tokio::test]
+async fn what_has_no_direct_io_is_served_through_the_page_cache() {
+    let (_dir, file) = fresh(4096 + 100).await;
+    let odd = RawFile::open_direct(file.pool(), file.path(), Access::ReadWrite);
+    let odd = odd.await.unwrap();
+    assert!(!odd.is_direct());
+    odd.write(4096, Bytes::from(vec![1; 100])).await.unwrap();
+    assert_eq!(odd.read(4095, 2).await.unwrap()[..], [0, 1]);
+    assert_eq!(odd.size(), 4196);
 }
