@@ -16,7 +16,7 @@ use crate::inbox::Inbox;
 use crate::limits::Limits;
 use crate::option::{self, Header};
 use crate::tls::Tls;
-use crate::transmission::transmit;
+use crate::transmission::{Leftover, transmit};
 
 /// Serves one client on a connected stream (Unix, TCP, TLS) until it leaves, the stream breaks, or
 /// `shutdown` is cancelled; then the requests in flight are finished first, within
@@ -27,11 +27,32 @@ use crate::transmission::transmit;
 /// A client that leaves is `Ok`, whether or not it said good-bye. To stop a connection cancel
 /// `shutdown`; dropping the future instead drops writes half done.
 pub async fn serve_connection<S, D>(
+    stream: S,
+    directory: Arc<D>,
+    limits: Limits,
+    tls: Tls,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    D: Directory,
+{
+    let mut leftover = None;
+    let result = attend(stream, directory, limits, tls, shutdown, &mut leftover).await;
+    if let Some(leftover) = leftover {
+        tokio::spawn(leftover.finish());
+    }
+    result
+}
+
+/// Serves one client; what is left over, however it ends, is the caller's to finish.
+pub(crate) async fn attend<S, D>(
     mut stream: S,
     directory: Arc<D>,
     limits: Limits,
     tls: Tls,
     shutdown: CancellationToken,
+    leftover: &mut Option<Leftover<D>>,
 ) -> Result<(), ServeError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -65,11 +86,11 @@ where
             handshake.secured();
             let arriving = negotiate(&mut stream, &mut inbox, &mut handshake);
             let outcome = negotiation.within(arriving).await?;
-            serve_outcome(stream, inbox, outcome, limits, &shutdown).await
+            serve_outcome(stream, inbox, outcome, limits, &shutdown, leftover).await
         }
         (arrived, _) => {
             let outcome = arrived.map(|(_, outcome)| outcome);
-            serve_outcome(stream, inbox, outcome, limits, &shutdown).await
+            serve_outcome(stream, inbox, outcome, limits, &shutdown, leftover).await
         }
     }
 }
@@ -110,6 +131,7 @@ async fn serve_outcome<S, D>(
     outcome: Option<Outcome<D>>,
     limits: Limits,
     shutdown: &CancellationToken,
+    leftover: &mut Option<Leftover<D>>,
 ) -> Result<(), ServeError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -126,7 +148,9 @@ where
         contexts = session.contexts.len(),
         "client attached"
     );
-    transmit(stream, inbox, session, limits, shutdown).await
+    let (result, rest) = transmit(stream, inbox, session, limits, shutdown).await;
+    *leftover = rest;
+    result
 }
 
 /// `None`: the client has left.

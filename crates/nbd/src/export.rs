@@ -233,7 +233,8 @@ impl From<&std::io::Error> for Errno {
 /// The futures of one connection's requests, at most [`Limits::requests`](crate::Limits::requests) of
 /// them, are polled by that connection's task, side by side and in no promised order: one that waits
 /// holds up nobody, but one that blocks the thread or computes for milliseconds holds up the whole
-/// connection and belongs on a thread or task of its own. Futures that read may be dropped unfinished
+/// connection and belongs on a thread or task of its own. What they spawn must go to another runtime: the
+/// one they run on may end with the connection. Futures that read may be dropped unfinished
 /// when the client has gone. Futures that write are always driven to their end, unless the future of
 /// [`serve_connection`](crate::serve_connection) is itself dropped. One that panics is answered `EIO`.
 pub trait Export: Send + Sync + 'static {
@@ -317,6 +318,10 @@ pub trait Directory: Send + Sync + 'static {
 
     /// Called once for every successful `open`, when none of the connection's requests runs any more.
     fn closed(&self, name: &str);
+
+    /// Called first on the thread that a [`Server`](crate::Server) starts for each connection, and that
+    /// ends with it. On it this connection's requests are served and nothing else.
+    fn thread_started(&self) {}
 
     /// What `open` would offer, for clients that only ask.
     fn describe(&self, name: &str) -> Result<ExportInfo, OpenError> {

@@ -51,15 +51,19 @@ const DIRECT: usize = 32 << 10;
 /// What is read ahead after such a payload: its sender will send more of them, and what the inbox
 /// catches of the next has to be copied.
 const SHORT_READ: usize = 4 << 10;
+/// A payload's buffer of up to this size is used again for the next: fresh memory of that size comes from
+/// the kernel, page by page. One is kept per connection.
+const SPARE: usize = 1 << 20;
 
 /// Serves requests until the client leaves or `shutdown` is cancelled, and answers those in flight.
+/// Writes that could not be awaited are left over.
 pub async fn transmit<S, D>(
     stream: S,
     inbox: Inbox,
     session: Session<D>,
     limits: Limits,
     shutdown: &CancellationToken,
-) -> Result<(), ServeError>
+) -> (Result<(), ServeError>, Option<Leftover<D>>)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     D: Directory,
@@ -72,6 +76,7 @@ where
         session: Arc::new(session),
         intake: Intake::Header,
         read_ahead: INBOX,
+        spare: BytesMut::new(),
     };
     let mut cancelled = pin!(shutdown.cancelled());
     let mut linger: Option<Pin<Box<Sleep>>> = None;
@@ -92,8 +97,21 @@ where
         Poll::Pending
     })
     .await;
-    pump.close(&limits).await;
-    result
+    let leftover = pump.close(&limits).await;
+    (result, leftover)
+}
+
+/// Writes that outlive their connection. Until they are finished the export is not given back.
+pub struct Leftover<D: Directory> {
+    in_flight: InFlight,
+    session: Arc<Session<D>>,
+}
+
+impl<D: Directory> Leftover<D> {
+    pub async fn finish(mut self) {
+        self.in_flight.finish().await;
+        drop(self.session);
+    }
 }
 
 /// What is being received.
@@ -147,6 +165,8 @@ struct Pump<S, D: Directory> {
     intake: Intake,
     /// Most bytes to read into the inbox at once.
     read_ahead: usize,
+    /// Empty, with the room of an earlier payload.
+    spare: BytesMut,
 }
 
 impl<S, D> Pump<S, D>
@@ -266,7 +286,11 @@ where
                     self.replies.owe(&request);
                     if let Command::Write { len, .. } = request.command {
                         let len = len as usize;
-                        let buffer = BytesMut::with_capacity(len);
+                        let buffer = if self.spare.capacity() >= len {
+                            std::mem::take(&mut self.spare)
+                        } else {
+                            BytesMut::with_capacity(len)
+                        };
                         if len < DIRECT {
                             self.read_ahead = INBOX;
                         }
@@ -327,29 +351,34 @@ where
     }
 
     fn start(&mut self, request: Request, payload: Bytes) {
+        let large = (DIRECT..=SPARE).contains(&payload.len());
+        let again = large.then(|| payload.clone());
         let handler = execute(self.session.clone(), request.command, payload);
         if let Some(outcome) = self.in_flight.start(request, Box::pin(handler)) {
             self.replies.answer(request, outcome);
         }
+        // Unless somebody still needs it.
+        if let Some(Ok(mut buffer)) = again.map(Bytes::try_into_mut) {
+            buffer.clear();
+            self.spare = buffer;
+        }
     }
 
-    /// Closes the stream. Reads that are still in flight are dropped, the rest is finished behind the
-    /// scenes: the export is given back only after that.
-    async fn close(mut self, limits: &Limits) {
+    /// Closes the stream. Reads that are still in flight are dropped, the rest is left over.
+    async fn close(mut self, limits: &Limits) -> Option<Leftover<D>> {
         self.in_flight.drop_reads(|_| {});
-        if self.in_flight.len() > 0 {
-            let requests = self.in_flight.len();
+        // Only a layer with its own farewell, such as TLS, can fail or wait here; the client is leaving.
+        let _ = timeout(limits.linger, self.stream.shutdown()).await;
+        let requests = self.in_flight.len();
+        (requests > 0).then(|| {
             warn!(
                 export = self.session.name(),
                 requests, "connection closed before its writes ended"
             );
-            let (mut in_flight, session) = (self.in_flight, self.session);
-            tokio::spawn(async move {
-                in_flight.finish().await;
-                drop(session);
-            });
-        }
-        // Only a layer with its own farewell, such as TLS, can fail or wait here; the client is leaving.
-        let _ = timeout(limits.linger, self.stream.shutdown()).await;
+            Leftover {
+                in_flight: self.in_flight,
+                session: self.session,
+            }
+        })
     }
 }

@@ -57,6 +57,10 @@ impl Directory for MachineDisks {
     }
 
     fn closed(&self, _name: &str) {}
+
+    fn thread_started(&self) {
+        whimbrel_volume::lent::lend_this_thread();
+    }
 }
 
 /// What a guest is told of a volume's failure.
