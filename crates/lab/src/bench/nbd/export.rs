@@ -66,7 +66,11 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
         source,
     };
     let pool = Pool::start(PoolSize::default()).map_err(here)?;
-    let file = RawFile::open(&pool, &args.disk, Access::ReadWrite).await?;
+    let file = if args.direct {
+        RawFile::open_direct(&pool, &args.disk, Access::ReadWrite).await?
+    } else {
+        RawFile::open(&pool, &args.disk, Access::ReadWrite).await?
+    };
     let size = file.size();
     let disk = Disk::new("bench".into(), size, Arc::new(file.into()), Mode::Open);
     let log = (args.access_log == Switch::On).then(|| AccessLog::new(size, RING));
@@ -105,6 +109,10 @@ impl Directory for Shelf {
     }
 
     fn closed(&self, _name: &str) {}
+
+    fn thread_started(&self) {
+        whimbrel_volume::lent::lend_this_thread();
+    }
 }
 
 /// A disk, and the log of what is done to it.

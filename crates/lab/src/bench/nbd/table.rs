@@ -38,6 +38,8 @@ pub struct Row {
     /// Whimbrel's requests a second to those of the better of the others, each round for itself.
     pub ratios: Vec<f64>,
     pub median_ratio: Option<f64>,
+    /// The same to qemu-nbd alone: nbdkit has no `O_DIRECT`, so in those rows it writes into the page cache.
+    pub median_ratio_to_qemu_nbd: Option<f64>,
     /// Short runs by which each other server's settings were chosen.
     pub choosing: Vec<Run>,
     pub runs: Vec<Run>,
@@ -50,14 +52,18 @@ impl Row {
         kinds.dedup();
         let standings = kinds.iter().map(|&kind| standing(kind, &runs)).collect();
         let rounds = runs.iter().map(|run| run.round).max().map_or(0, |r| r + 1);
-        let ratios: Vec<f64> = (0..rounds)
-            .filter_map(|round| ratio(&runs, round))
-            .collect();
+        let ratios_to = |rivals: &[Kind]| -> Vec<f64> {
+            (0..rounds)
+                .filter_map(|round| ratio(&runs, rivals, round))
+                .collect()
+        };
+        let ratios = ratios_to(&[Kind::QemuNbd, Kind::Nbdkit]);
         Row {
             name: load.name(),
             load,
             standings,
             median_ratio: median(ratios.iter().copied()),
+            median_ratio_to_qemu_nbd: median(ratios_to(&[Kind::QemuNbd]).into_iter()),
             ratios,
             choosing,
             runs,
@@ -74,19 +80,19 @@ impl Row {
                 )
             })
         };
-        let ratio = self
-            .median_ratio
-            .map_or("-".to_owned(), |r| format!("{r:.2}"));
+        let shown = |ratio: Option<f64>| ratio.map_or("-".to_owned(), |r| format!("{r:.2}"));
+        let ratio = shown(self.median_ratio);
+        let to_qemu = shown(self.median_ratio_to_qemu_nbd);
         let [ours, qemu, nbdkit] = Kind::ALL.map(cell);
         format!(
-            "{:38} {ours:>20} {qemu:>20} {nbdkit:>20} {ratio:>6}",
+            "{:38} {ours:>20} {qemu:>20} {nbdkit:>20} {ratio:>6} {to_qemu:>6}",
             self.name
         )
     }
 }
 
-pub const HEAD: &str = "row                                                whimbrel             qemu-nbd               nbdkit  ratio\n\
-     requests/s, CPU s per GiB, peak MiB";
+pub const HEAD: &str = "row                                                whimbrel             qemu-nbd               nbdkit  ratio   qemu\n\
+     requests/s, CPU s per GiB, peak MiB; ratio to the better, to qemu-nbd alone";
 
 fn standing(kind: Kind, runs: &[Run]) -> Standing {
     let of_kind = || runs.iter().filter(|run| run.server == kind);
@@ -108,14 +114,18 @@ fn standing(kind: Kind, runs: &[Run]) -> Standing {
     }
 }
 
-/// Whimbrel to the better of the others, in one round.
-fn ratio(runs: &[Run], round: u32) -> Option<f64> {
-    let (ours, theirs): (Vec<&Run>, Vec<&Run>) = runs
+/// Whimbrel to the better of the rivals, in one round.
+fn ratio(runs: &[Run], rivals: &[Kind], round: u32) -> Option<f64> {
+    let of = |kind: Kind| {
+        let mut found = runs.iter();
+        let run = found.find(|run| run.round == round && run.server == kind)?;
+        Some(run.figures.iops)
+    };
+    let best = rivals
         .iter()
-        .filter(|run| run.round == round)
-        .partition(|run| run.server == Kind::Whimbrel);
-    let best = theirs.iter().map(|run| run.figures.iops).reduce(f64::max)?;
-    Some(ours.first()?.figures.iops / best.max(f64::MIN_POSITIVE))
+        .filter_map(|&rival| of(rival))
+        .reduce(f64::max)?;
+    Some(of(Kind::Whimbrel)? / best.max(f64::MIN_POSITIVE))
 }
 
 pub fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -162,6 +172,7 @@ mod tests {
         let row = Row::of(Load::all()[0], Vec::new(), runs);
         assert_eq!(row.ratios, [2.0, 1.0, 0.5]);
         assert_eq!(row.median_ratio, Some(1.0));
+        assert_eq!(row.median_ratio_to_qemu_nbd, Some(4.0));
         assert_eq!(row.standings[1].iops, 50.0);
         assert_eq!(row.standings[0].cpu_seconds_per_gib, 1.0);
     }
