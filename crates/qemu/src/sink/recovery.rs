@@ -18,6 +18,8 @@
 //! no ordinary QMP command is answered until the page is there. `migrate-recover` and `migrate-pause`
 //! are therefore sent out of band, and nothing here waits for another command's answer.
 //! A recovery that is broken off in any of its steps leaves QEMU paused again.
+//! QEMU can be recovered from the moment in which it has taken RUN. One that loses its feeder between
+//! LISTEN and RUN, while it loads its devices and waits for the pages they touch, exits or hangs.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -108,7 +110,7 @@ async fn open(qmp: &Qmp, socket: &Path) -> Result<UnixStream> {
 async fn let_in(qmp: &Qmp, socket: &Path) -> Result<()> {
     let uri = format!("unix:{}", socket.display());
     let start = Instant::now();
-    let mut told = false;
+    let mut told = None;
     let mut blocked = false;
     loop {
         match qmp
@@ -132,19 +134,20 @@ async fn let_in(qmp: &Qmp, socket: &Path) -> Result<()> {
                 state => return Err(Error::NotRecoverable { state }),
             }
         }
-        if !told && start.elapsed() >= GRACE {
-            told = true;
-            // Refused if it has just paused by itself.
-            match qmp.execute_oob("migrate-pause", json!({})).await {
-                Ok(_) | Err(Error::Qmp { .. }) => {}
+        if told.is_none() && start.elapsed() >= GRACE {
+            // Refused if it has just paused by itself, and if there is no post-copy to pause.
+            told = match qmp.execute_oob("migrate-pause", json!({})).await {
+                Ok(_) => Some(true),
+                Err(Error::Qmp { .. }) => Some(false),
                 Err(error) => return Err(error),
-            }
+            };
         }
         if start.elapsed() >= PATIENCE {
-            let state = if blocked {
-                DestinationState::Blocked
-            } else {
-                DestinationState::Fed
+            let state = match (blocked, told) {
+                (false, _) => DestinationState::Fed,
+                (true, Some(true)) => DestinationState::Blocked,
+                // Neither in a post-copy that can be paused nor in one that is.
+                (true, _) => DestinationState::LostLoading,
             };
             return Err(Error::NotRecoverable { state });
         }

@@ -23,12 +23,16 @@ pub enum DestinationState {
     Paused,
     /// All of the guest is here (`completed`): nothing to do.
     Complete,
-    /// QEMU lives and its main thread does not answer: it waits for a page, so the switch has happened.
-    /// Recover it.
+    /// QEMU lives and its main thread does not answer: it waits for a page, so the switch has reached it.
+    /// To be recovered, if the guest ran; which shows by trying.
     Blocked,
+    /// It lost its feeder after the switch had reached it and before the guest ran, while it was loading
+    /// its devices. QEMU does not survive that: it exits, or hangs as this one does. The guest has not
+    /// run here. Only [`recover`](super::PostcopySink::recover) tells this from [`Blocked`](Self::Blocked).
+    LostLoading,
     /// QEMU gave the migration up (`failed`).
     Failed { reason: String },
-    /// QEMU has exited. It does so itself when its stream ends before the switch.
+    /// QEMU has exited. It does so itself when its stream ends before the guest runs.
     Gone,
     /// Not a destination (no incoming migration, and not `inmigrate`).
     NotIncoming { status: String },
@@ -42,6 +46,9 @@ impl std::fmt::Display for DestinationState {
             DestinationState::Paused => f.write_str("it waits for a feeder"),
             DestinationState::Complete => f.write_str("it is complete"),
             DestinationState::Blocked => f.write_str("QEMU waits for a page and does not answer"),
+            DestinationState::LostLoading => {
+                f.write_str("it lost its feeder before the guest ran, and hangs")
+            }
             DestinationState::Failed { reason } => write!(f, "its migration failed: {reason}"),
             DestinationState::Gone => f.write_str("QEMU is gone"),
             DestinationState::NotIncoming { status } => {

@@ -203,7 +203,9 @@ impl Guest {
             drives: Vec::new(),
             nics: Vec::new(),
             serial: Some(serial.clone()),
-            qmp: vec![dir.join(format!("{name}.qmp"))],
+            qmp: ["qmp", "spare"]
+                .map(|monitor| dir.join(format!("{name}.{monitor}")))
+                .to_vec(),
             incoming,
             extra,
         };
