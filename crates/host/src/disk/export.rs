@@ -153,6 +153,7 @@ impl Export for Disk {
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
+        self.log(AccessKind::Write, offset, len);
         let mode = self.mode.read().await;
         match &*mode {
             Mode::Open => {
