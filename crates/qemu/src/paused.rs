@@ -1,6 +1,6 @@
 //! The memory of a stopped QEMU, read where it lies.
 //!
-//! QEMU tells where in its own address space each RAM block is (`info ramblock`, QEMU 8.0 and newer),
+//! QEMU tells where in its own address space each RAM block is (`info ramblock` of QEMU 10; an older one may not),
 //! and the kernel lets a process of the same user, or one with CAP_SYS_PTRACE, read it through
 //! `/proc/PID/mem`. The open file stays bound to the memory it was opened on: once that QEMU is gone a
 //! read fails, and never reaches another process that has got its number.
@@ -58,8 +58,8 @@ struct Place {
 
 impl PausedRam {
     /// Finds the layout's blocks in the QEMU with that process id. [`Error::NotStopped`] if its guest
-    /// may write to its memory, [`Error::NoHostAddresses`] from QEMU 7.2, [`Error::BlockDiffers`] if
-    /// the layout is not this QEMU's.
+    /// may write to its memory, [`Error::NoHostAddresses`] from a QEMU that does not tell where its
+    /// blocks are, [`Error::BlockDiffers`] if the layout is not this QEMU's.
     pub async fn open(qmp: &Qmp, pid: u32, layout: &StreamLayout) -> Result<Arc<PausedRam>> {
         // Listening comes before asking, so that no RESUME falls between the two.
         let events = qmp.events();

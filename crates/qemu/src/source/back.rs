@@ -9,9 +9,10 @@
 //! | while stale pages came | `postcopy-paused`, `finish-migrate` | end the post-copy into nothing, `cont` |
 //! | after that | `completed`, `postmigrate` | `cont` |
 //!
-//! A paused post-copy can neither be cancelled nor continued from: QEMU refuses `cont` until the
-//! migration is over. But all memory is still in this QEMU, and nobody waits for pages: so it is let
-//! end its post-copy towards a reader that claims to have every page already.
+//! A paused post-copy is not cancelled: to QEMU the guest's newest state may be at the other end. But all
+//! memory is still in this QEMU, and nobody waits for pages: so it is let end its post-copy, as by a
+//! recovery, towards a reader that claims to have every page already. It is `completed` then as after
+//! any other hand-over.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
