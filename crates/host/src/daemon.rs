@@ -1,12 +1,13 @@
 //! The daemon: starts, takes up what it finds, serves, and leaves guests running when it goes.
 
+mod take_up;
+
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use whimbrel_engine::switchover::{Action, Destination, Epoch, Phase, Record, Source};
+use whimbrel_engine::switchover::Destination;
 use whimbrel_peer::connection::Connection;
 use whimbrel_peer::error::PeerError;
 use whimbrel_peer::hello::{Class, SessionId};
@@ -21,18 +22,16 @@ use crate::api::{self, ApiError, ErrorCode};
 use crate::config::Config;
 use crate::disk::Wants;
 use crate::host::Host;
-use crate::machine::reattach;
-use crate::machines::{Machine, Machines, open_disks};
+use crate::machines::Machines;
 use crate::migration::arrival::Arrival;
 use crate::migration::arrivals::Arrivals;
 use crate::migration::board::Board;
 use crate::migration::incoming::{self, Incoming};
-use crate::migration::landing::Plan;
 use crate::migration::outgoing::Command;
 use crate::migration::peeks::Peeks;
 use crate::migration::record::MigrationJournal;
 use crate::service::first_view;
-use crate::state::{MigrationId, Name, Ownership, RateLimit, StateDir, Timestamp};
+use crate::state::{MigrationId, Name, RateLimit, StateDir, Timestamp};
 use crate::volumes::claims::Claims;
 use crate::volumes::heat::HeatShelf;
 
@@ -219,6 +218,7 @@ impl Daemon {
         let folder = self.host.state.migration_folder(&id);
         if !folder.is_dir() {
             self.host.state.add_migration(&id)?;
+            StateDir::replace_file(&folder.join("peer"), peer.as_str().as_bytes())?;
         }
         let journal = MigrationJournal::open(&folder)
             .map_err(|e| ApiError::new(ErrorCode::Damaged, e.to_string()))?;
@@ -270,221 +270,4 @@ impl Daemon {
         });
         Ok(())
     }
-
-    /// Takes up what an earlier daemon left: machines that run, migrations that were under way.
-    async fn take_up(&self) {
-        self.take_up_migrations().await;
-        let listing = match self.host.state.machines() {
-            Ok(listing) => listing,
-            Err(error) => {
-                tracing::error!(%error, "the machines' records cannot be listed");
-                return;
-            }
-        };
-        for error in listing.damaged {
-            tracing::error!(%error, "a machine's record is damaged and left alone");
-        }
-        for (spec, runtime) in listing.records {
-            let name = spec.name.clone();
-            let process = runtime.process.clone().filter(|p| p.is_alive());
-            let mut running = None;
-            if let (Some(process), Ownership::Local) = (process, &runtime.ownership) {
-                running = match self.reattach(&spec, &process).await {
-                    Ok(running) => Some(running),
-                    Err(error) => {
-                        tracing::error!(machine = %name, %error, "a running machine cannot be taken up");
-                        None
-                    }
-                };
-            }
-            let machine = self.machines.insert(Machine::new(spec, runtime, running));
-            machine.watch_end(&self.host).await;
-        }
-    }
-
-    async fn reattach(
-        &self,
-        spec: &crate::state::MachineSpec,
-        process: &crate::state::QemuProcess,
-    ) -> Result<crate::machine::Running, String> {
-        let disks = open_disks(&self.host, spec)
-            .await
-            .map_err(|e| e.to_string())?;
-        let folder = self.host.state.machine_folder(&spec.name);
-        let running = reattach(&folder, spec, process, disks)
-            .await
-            .map_err(|e| e.to_string())?;
-        tracing::info!(machine = %spec.name, pid = process.pid, "a running machine was taken up");
-        Ok(running)
-    }
-
-    async fn take_up_migrations(&self) {
-        let listing = match self.host.state.migrations() {
-            Ok(listing) => listing,
-            Err(error) => {
-                tracing::error!(%error, "the migrations' records cannot be listed");
-                return;
-            }
-        };
-        for id in listing.records {
-            let folder = self.host.state.migration_folder(&id);
-            if let Err(error) = self.take_up_migration(&id, &folder).await {
-                tracing::error!(migration = %id, %error, "a migration cannot be taken up");
-            }
-        }
-    }
-
-    /// What a migration's journal says of it, and what follows.
-    async fn take_up_migration(&self, id: &MigrationId, folder: &Path) -> Result<(), ApiError> {
-        let damaged = |e: String| ApiError::new(ErrorCode::Damaged, e);
-        let mut journal = MigrationJournal::open(folder).map_err(|e| damaged(e.to_string()))?;
-        let records = journal.records().to_vec();
-        if records.is_empty() {
-            return Ok(());
-        }
-        let plan = Plan::load(folder).map_err(|e| damaged(e.to_string()))?;
-        let is_incoming = matches!(
-            records[0],
-            Record::Preparing { .. } | Record::Refused { .. }
-        );
-        if is_incoming {
-            let (destination, actions) = Destination::recover(&records);
-            for action in actions {
-                match action {
-                    Action::Journal(record) => journal
-                        .append(record)
-                        .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
-                    Action::CleanUp => {
-                        if let Some(plan) = &plan {
-                            self.end_leftover(&plan.spec.name);
-                            plan.undo(&self.host).await;
-                            let _ = std::fs::remove_file(folder.join("landing.json"));
-                            tracing::info!(migration = %id, "a migration that was not accepted was cleaned away");
-                        }
-                    }
-                    // The source hears the answer when it asks; a running guest is found with the machines.
-                    _ => {}
-                }
-            }
-            if destination.may_run() && destination.phase() != Phase::Complete {
-                tracing::warn!(migration = %id, "this host owns a machine whose content was still arriving");
-            }
-            return Ok(());
-        }
-        let (source, actions) = Source::recover(&records);
-        for action in actions {
-            match action {
-                Action::Journal(record) => journal
-                    .append(record)
-                    .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
-                Action::KeepGuest { epoch } => {
-                    tracing::info!(migration = %id, %epoch, "an unfinished migration away from here is off");
-                    self.resume_leftover(folder).await;
-                }
-                _ => {}
-            }
-        }
-        if !source.may_run() {
-            self.mark_granted(id, folder);
-        }
-        if !source.may_run() && !source.phase().is_final() {
-            tracing::warn!(migration = %id, phase = %source.phase(), "a migration away from here was granted and is not over");
-        }
-        Ok(())
-    }
-
-    /// A machine that was promised away is not this host's to run, whatever its record still says.
-    fn mark_granted(&self, id: &MigrationId, folder: &Path) {
-        let named = StateDir::read_text(&folder.join("machine"));
-        let Some(name) = named
-            .ok()
-            .flatten()
-            .and_then(|t| t.trim().parse::<Name>().ok())
-        else {
-            return;
-        };
-        let peer = StateDir::read_text(&folder.join("peer"));
-        let Some(to) = peer.ok().flatten().and_then(|t| t.trim().parse().ok()) else {
-            return;
-        };
-        if let Ok(mut runtime) = self.host.state.runtime(&name)
-            && runtime.ownership == Ownership::Local
-            && runtime.epoch <= granted_from(folder)
-        {
-            runtime.ownership = Ownership::Departed {
-                migration: id.clone(),
-                to,
-            };
-            if let Err(error) = self.host.state.save_runtime(&name, &runtime) {
-                tracing::error!(machine = %name, %error, "a machine's record cannot be saved");
-            }
-        }
-    }
-
-    /// Ends the QEMU of a machine that was arriving, by the name its process carries.
-    fn end_leftover(&self, name: &Name) {
-        let folder = self.host.state.machine_folder(name);
-        let socket = format!("path={}", folder.join("qmp.sock").display());
-        let Ok(processes) = std::fs::read_dir("/proc") else {
-            return;
-        };
-        for process in processes.flatten() {
-            let Some(pid) = process
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<i32>().ok())
-                .and_then(rustix::process::Pid::from_raw)
-            else {
-                continue;
-            };
-            let Ok(line) = std::fs::read(process.path().join("cmdline")) else {
-                continue;
-            };
-            let line = String::from_utf8_lossy(&line);
-            if line.contains(&socket) && line.contains("-incoming") {
-                // It waited for a machine that will not come: no guest ever ran in it.
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        }
-    }
-
-    /// Lets a guest run on whose migration died with the daemon.
-    async fn resume_leftover(&self, folder: &Path) {
-        let Ok(Some(text)) = StateDir::read_text(&folder.join("machine")) else {
-            return;
-        };
-        let Ok(name) = text.trim().parse::<Name>() else {
-            return;
-        };
-        let Ok(runtime) = self.host.state.runtime(&name) else {
-            return;
-        };
-        let Some(process) = runtime.process.filter(|p| p.is_alive()) else {
-            return;
-        };
-        let Ok(qmp) = whimbrel_qemu::qmp::Qmp::connect(&process.qmp).await else {
-            return;
-        };
-        // Over already if QEMU noticed that its socket was gone.
-        let _ = qmp.execute("migrate_cancel", serde_json::json!({})).await;
-        let running = qmp
-            .execute("query-status", serde_json::json!({}))
-            .await
-            .is_ok_and(|status| status["running"].as_bool() == Some(true));
-        if !running && let Err(error) = qmp.execute("cont", serde_json::json!({})).await {
-            tracing::error!(machine = %name, %error, "a guest that was stopped for a migration cannot be resumed");
-        }
-    }
-}
-
-/// The epoch under which a migration's machine was this host's before it was promised away.
-fn granted_from(folder: &Path) -> Epoch {
-    let journal = MigrationJournal::open(folder);
-    let started = journal.ok().and_then(|journal| {
-        journal.records().iter().find_map(|record| match *record {
-            Record::Started { epoch } => Some(epoch),
-            _ => None,
-        })
-    });
-    started.unwrap_or_default()
 }

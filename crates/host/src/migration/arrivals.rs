@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 use whimbrel_engine::inflow::{FillPlan, SpaceIn};
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
+use whimbrel_engine::space::{Extent, SpaceId, UNIT};
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink};
 use whimbrel_volume::VolumeError;
 use whimbrel_wire::units::{Encoding, Units};
@@ -37,6 +37,8 @@ pub enum ArrivalError {
 pub enum RamSink {
     Postcopy(PostcopySink),
     Precopy(PrecopySink),
+    /// No QEMU lacks memory: the guest has it all, or is gone. What comes all the same is thrown away.
+    Sated,
 }
 
 #[derive(Default)]
@@ -58,18 +60,18 @@ pub struct RamIn {
 }
 
 impl RamIn {
-    pub fn new(spaces: Vec<SpaceInfo>, sink: RamSink, wants: Arc<Wants>, clock: Instant) -> Self {
-        let blocks = Blocks {
-            wakers: spaces.iter().map(|_| Wakers::default()).collect(),
-            spaces: spaces.iter().cloned().map(SpaceIn::absent).collect(),
-        };
+    pub fn new(spaces: Vec<SpaceIn>, sink: RamSink, wants: Arc<Wants>, clock: Instant) -> Self {
+        let complete = spaces.iter().all(SpaceIn::is_complete);
         RamIn {
-            first: spaces.first().map_or(0, |s| s.id.0),
+            first: spaces.first().map_or(0, |s| s.info().id.0),
             sink,
-            blocks: Mutex::new(blocks),
+            blocks: Mutex::new(Blocks {
+                wakers: spaces.iter().map(|_| Wakers::default()).collect(),
+                spaces,
+            }),
             wants,
             clock,
-            complete: watch::Sender::new(false),
+            complete: watch::Sender::new(complete),
         }
     }
 
@@ -147,6 +149,7 @@ impl RamIn {
             (RamSink::Postcopy(sink), None) => sink.place_zero(block, extent).await,
             (RamSink::Precopy(sink), Some(bytes)) => sink.place(block, extent.start, bytes).await,
             (RamSink::Precopy(sink), None) => sink.place_zero(block, extent).await,
+            (RamSink::Sated, _) => Ok(()),
         }
     }
 

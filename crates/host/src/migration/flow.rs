@@ -8,6 +8,7 @@ use tokio::sync::{Notify, watch};
 use whimbrel_engine::outflow::{Batch, Class as CopyClass, Outflow, Tally};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
+use whimbrel_qemu::paused::PausedRam;
 use whimbrel_qemu::store::RamStore;
 use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
@@ -24,6 +25,8 @@ const MAX_ZERO_ANSWERS: usize = 4096;
 pub enum Content {
     Disk(Arc<Backend>),
     Ram { store: Arc<RamStore>, block: usize },
+    /// The memory of a stopped QEMU, after the daemon that had a copy of it died.
+    Paused { ram: Arc<PausedRam>, block: usize },
 }
 
 /// Content that could not be read at the source.
@@ -287,6 +290,13 @@ impl Flow {
                             Err(source) => return Err(FlowError::Ram { space, source }),
                         }
                     }
+                }
+            }
+            Content::Paused { ram, block } => {
+                whole.reserve((batch.units() * UNIT) as usize);
+                for run in &batch.runs {
+                    ram.read(block, run.start, run.len, &mut whole)
+                        .map_err(|source| FlowError::Ram { space, source })?;
                 }
             }
             Content::Disk(file) => {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::{Backend, Format};
-use whimbrel_volume::journal::{Journal, VolumeIdentity};
+use whimbrel_volume::journal::{Journal, VolumeIdentity, Recovered};
 use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 
@@ -201,6 +201,27 @@ impl Plan {
         })
     }
 
+    /// Opens what was made, with what has arrived of it.
+    pub async fn reopen(&self, host: &Host) -> Result<Vec<ReopenedVolume>, LandingError> {
+        let mut volumes = Vec::new();
+        for volume in &self.volumes {
+            let record = volume.record.clone();
+            let path = record.data_path(&host.state.volume_folder(&record.name));
+            let file = Backend::open(&host.pool, &path, record.format, Access::ReadWrite).await?;
+            let file = Arc::new(file);
+            let folder = journal_folder(host, &record);
+            let (journal, recovered) =
+                Journal::open(&host.pool, &folder, identity(&record), file.clone()).await?;
+            volumes.push(ReopenedVolume {
+                record,
+                file,
+                journal,
+                recovered,
+            });
+        }
+        Ok(volumes)
+    }
+
     /// Takes back whatever of it was made.
     pub async fn undo(&self, host: &Host) {
         for volume in &self.volumes {
@@ -267,7 +288,23 @@ impl Plan {
     }
 }
 
+/// A volume that was arriving when an earlier daemon died.
+pub struct ReopenedVolume {
+    pub record: VolumeRecord,
+    pub file: Arc<Backend>,
+    pub journal: Journal,
+    pub recovered: Recovered,
+}
+
 impl Landing {
+    /// The landing of a machine that is here already: its volumes are in use.
+    pub fn landed(plan: Plan) -> Self {
+        Landing {
+            plan,
+            volumes: Vec::new(),
+        }
+    }
+
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

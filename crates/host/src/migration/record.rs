@@ -9,9 +9,59 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use whimbrel_engine::switchover::Record;
+use whimbrel_qemu::stream::StreamLayout;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::state::{RateLimit, StateDir, StateError};
+
 const FILE: &str = "journal";
+
+/// An empty file: nothing is left to do, whatever the journal says.
+const OVER: &str = "over";
+
+/// What RAM looks like, for a daemon that takes the migration up.
+const LAYOUT: &str = "layout.json";
+
+/// What the migration may send, as the operator said last.
+const BANDWIDTH: &str = "bandwidth";
+
+/// Keeps the migration's limit, for a daemon that takes it up.
+pub fn save_bandwidth(folder: &Path, limit: RateLimit) -> Result<(), StateError> {
+    StateDir::replace_file(&folder.join(BANDWIDTH), limit.to_string().as_bytes())
+}
+
+/// The limit that was kept; none if there is nothing, or nothing that can be understood.
+pub fn read_bandwidth(folder: &Path) -> RateLimit {
+    let text = StateDir::read_text(&folder.join(BANDWIDTH)).ok().flatten();
+    let limit = text.and_then(|text| text.trim().parse().ok());
+    limit.unwrap_or_default()
+}
+
+/// Whether nothing is left to do of the migration in this folder.
+pub fn is_over(folder: &Path) -> bool {
+    folder.join(OVER).exists()
+}
+
+/// Nothing is left to do. Should this not be durable, the next daemon finds out again.
+pub fn mark_over(folder: &Path) {
+    if let Err(error) = StateDir::replace_file(&folder.join(OVER), b"") {
+        tracing::warn!(%error, "a migration that is over cannot be marked so");
+    }
+}
+
+/// Keeps what a restarted daemon must know of RAM.
+pub fn save_layout(folder: &Path, layout: &StreamLayout) -> Result<(), StateError> {
+    let text = serde_json::to_vec(layout).expect("a layout is plain data");
+    StateDir::replace_file(&folder.join(LAYOUT), &text)
+}
+
+/// What was kept of RAM; `None` if there is nothing, or nothing that can be understood.
+pub fn read_layout(folder: &Path) -> Option<StreamLayout> {
+    let text = StateDir::read_text(&folder.join(LAYOUT)).ok()??;
+    serde_json::from_str(&text)
+        .inspect_err(|error| tracing::error!(%error, "the layout of RAM cannot be read"))
+        .ok()
+}
 
 /// A journal that cannot be written or understood.
 #[derive(Debug, thiserror::Error)]

@@ -22,7 +22,7 @@ use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
-use crate::migration::record::MigrationJournal;
+use crate::migration::record::{MigrationJournal, save_bandwidth};
 use crate::peers::Dialler;
 use errors::*;
 pub use views::first_view;
@@ -475,6 +475,7 @@ impl Service for Daemon {
         let folder = self.host.state.add_migration(&id)?;
         StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
         StateDir::replace_file(&folder.join("peer"), request.to.as_str().as_bytes())?;
+        save_bandwidth(&folder, request.bandwidth)?;
         let journal = MigrationJournal::open(&folder)
             .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
         let mut view = first_view(
@@ -507,7 +508,7 @@ impl Service for Daemon {
             commands: queue,
             spec: standing.spec.clone(),
             runtime: standing.runtime.clone(),
-            qmp: running.qmp.clone(),
+            qmp: Some(running.qmp.clone()),
             disks: running.disks.clone(),
             ram: match request.ram {
                 RamMode::Auto => WireRam::Auto,
@@ -562,6 +563,8 @@ impl Service for Daemon {
     ) -> Result<MigrationView, ApiError> {
         let held = self.held_of(&machine)?;
         let pace = held.pace.as_ref().ok_or_else(only_at_source)?;
+        let id = held.board.view().id;
+        save_bandwidth(&self.host.state.migration_folder(&id), bandwidth)?;
         pace.set_rate(rate_of(bandwidth));
         held.board.update(|view| view.bandwidth = bandwidth);
         Ok(held.board.view())

@@ -4,7 +4,10 @@
 //! grant to QEMU's RESUME: one durable line in the journal, the disks' mode, the package into QEMU.
 //! Records that describe the new state at leisure are written when the guest runs.
 
+mod again;
 mod ready;
+
+pub use again::leftovers;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -27,7 +30,7 @@ use super::board::Board;
 use super::landing::Landing;
 use super::lane::LinkEvent;
 use super::peeks::Peeks;
-use super::record::MigrationJournal;
+use super::record::{MigrationJournal, mark_over};
 use super::report;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
@@ -140,7 +143,7 @@ impl Incoming {
         self.todo.extend(actions);
     }
 
-    /// Takes up a migration that an earlier daemon was in: only to answer what became of it.
+    /// A migration that was over before this daemon: only to answer what became of it.
     pub fn resume(&mut self, destination: Destination) {
         self.switch = destination;
         self.known = true;
@@ -435,6 +438,7 @@ impl Incoming {
                 sink.run(&state).await.map_err(|e| e.to_string())?;
                 sink.resumed().await.map_err(|e| e.to_string())
             }
+            RamSink::Sated => Err(missing.to_string()),
         }
     }
 
@@ -492,6 +496,7 @@ impl Incoming {
                     }
                 }
                 RamSink::Precopy(sink) => sink.finish().await,
+                RamSink::Sated => Ok(()),
             };
             let _ = tell.send(Inner::Ram(done)).await;
         });
@@ -592,24 +597,20 @@ impl Incoming {
             drop(landing);
             plan.undo(&self.setup.host).await;
         }
-        let _ = tokio::fs::remove_file(
-            self.setup
-                .host
-                .state
-                .migration_folder(&self.setup.migration)
-                .join("landing.json"),
-        )
-        .await;
+        let _ = tokio::fs::remove_file(self.folder().join("landing.json")).await;
     }
 
     async fn finish(&mut self, phase: Phase) {
         self.over = Some(phase);
         if phase == Phase::Complete {
             self.sample().await;
-            self.complete().await;
+            if self.complete().await {
+                mark_over(&self.folder());
+            }
             self.setup.board.end(phase, MigrationState::Completed);
             return;
         }
+        mark_over(&self.folder());
         if let Some(why) = self.refusal.clone() {
             self.setup.board.update(|view| {
                 view.error = Some(
@@ -621,15 +622,21 @@ impl Incoming {
         self.setup.board.end(phase, MigrationState::Cancelled);
     }
 
-    async fn complete(&mut self) {
+    fn folder(&self) -> std::path::PathBuf {
+        let host = &self.setup.host;
+        host.state.migration_folder(&self.setup.migration)
+    }
+
+    /// Whether nothing is left to do.
+    async fn complete(&mut self) -> bool {
         self.tasks.clear();
         let Some(machine) = self.machine.clone() else {
-            return;
+            return true;
         };
         for disk in self.setup.arrivals.disks() {
             if let Err(error) = disk.retire().await {
                 self.trouble(format!("a disk's journal cannot be retired: {error}"));
-                return;
+                return false;
             }
         }
         let mut standing = machine.lock().await;
@@ -638,15 +645,18 @@ impl Incoming {
         }
         // The journals close with the last who knows of them; only then can their folders go.
         self.setup.arrivals.set_disks(Vec::new());
+        let mut nothing_left = true;
         if let Some(landing) = &self.landing
             && let Err(error) = landing.plan().complete(&self.setup.host).await
         {
             self.setup
                 .board
                 .tell(format!("leftovers of the move remain: {error}"));
+            nothing_left = false;
         }
         standing.runtime.ownership = Ownership::Local;
         crate::machines::save(&self.setup.host, &standing);
+        nothing_left
     }
 }
 

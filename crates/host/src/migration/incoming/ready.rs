@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio_util::task::AbortOnDropHandle;
+use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind};
 use whimbrel_engine::switchover::DestinationEvent;
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
@@ -17,6 +17,7 @@ use crate::machine::{Boot, start};
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::Plan;
 use crate::migration::peeks::DiskPeek;
+use crate::migration::record::save_layout;
 
 /// Most RAM blocks a machine may have.
 const MAX_BLOCKS: usize = 4096;
@@ -156,24 +157,21 @@ impl Incoming {
             }
         };
         let wants = self.setup.wants.clone();
+        let spaces = spaces.into_iter().map(SpaceIn::absent).collect();
         let ram = Arc::new(RamIn::new(spaces, sink, wants, self.setup.board.clock()));
         self.setup.arrivals.set_ram(ram.clone());
-        if let Some(mut requests) = requests {
-            let ram = ram.clone();
-            self.requests = Some(AbortOnDropHandle::new(tokio::spawn(async move {
-                while let Some((block, extent)) = requests.recv().await {
-                    ram.request(block, extent);
-                }
-            })));
+        if let Some(requests) = requests {
+            self.pass_requests(ram.clone(), requests);
         } else {
             self.setup.arrivals.open_ram();
         }
+        save_layout(&self.folder(), &layout).map_err(|e| e.to_string())?;
         self.ram = Some(ram);
         self.layout = Some(layout);
         Ok(())
     }
 
-    fn ram_socket(&self) -> PathBuf {
+    pub(super) fn ram_socket(&self) -> PathBuf {
         let folder = self.setup.host.state.machine_folder(
             &self
                 .landing

@@ -1,6 +1,7 @@
 //! How a migration ends at its source.
 
 use whimbrel_engine::switchover::{Epoch, Phase};
+use whimbrel_qemu::source::take_back;
 
 use super::Outgoing;
 use crate::api::error::{ApiError, ErrorCode};
@@ -27,21 +28,31 @@ impl Outgoing {
                 ram.cancel().await
             };
             if let Err(error) = result {
-                self.setup.board.fail(
-                    MigrationState::NeedsOperator,
-                    ApiError::new(
-                        ErrorCode::Qemu,
-                        format!("the guest was not resumed: {error}"),
-                    )
-                    .machine_state("owned by this host; its QEMU may be paused")
-                    .next_step("look at `machine show`; `cont` on its monitor resumes it"),
-                );
+                self.not_resumed(&error);
             }
+        }
+        if self.taken_up
+            && let Some(qmp) = &self.setup.qmp
+            && let Err(error) = take_back(qmp, &self.setup.ram_socket).await
+        {
+            self.not_resumed(&error);
         }
         let mut runtime = self.setup.runtime.clone();
         runtime.epoch = epoch;
         runtime.ownership = Ownership::Local;
         self.setup.machine.keep(&self.setup.host, runtime).await;
+    }
+
+    fn not_resumed(&self, error: &whimbrel_qemu::Error) {
+        self.setup.board.fail(
+            MigrationState::NeedsOperator,
+            ApiError::new(
+                ErrorCode::Qemu,
+                format!("the guest was not resumed: {error}"),
+            )
+            .machine_state("owned by this host; its QEMU may be paused")
+            .next_step("look at `machine show`; `cont` on its monitor resumes it"),
+        );
     }
 
     pub(super) async fn finish(&mut self, phase: Phase) {

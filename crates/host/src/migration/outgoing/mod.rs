@@ -5,9 +5,12 @@
 //! between QEMU's STOP and the grant on its way to the peer lie only the hand-over itself, bitmaps and
 //! one durable line in the journal.
 
+mod again;
 mod ends;
 mod precopy;
 mod stop;
+
+pub use again::offer_again;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,7 +31,7 @@ use super::board::Board;
 use super::departure::Departure;
 use super::flow::{Content, Flow};
 use super::lane::LinkEvent;
-use super::record::MigrationJournal;
+use super::record::{MigrationJournal, mark_over, save_layout};
 use super::report;
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::MigrationState;
@@ -74,7 +77,8 @@ pub struct Setup {
     pub commands: mpsc::Receiver<Command>,
     pub spec: MachineSpec,
     pub runtime: MachineRuntime,
-    pub qmp: Qmp,
+    /// `None` only if the migration was taken up and QEMU is gone.
+    pub qmp: Option<Qmp>,
     pub disks: Vec<Arc<Disk>>,
     pub ram: RamMode,
     pub hold: bool,
@@ -116,6 +120,8 @@ pub struct Outgoing {
     over_since: Option<Instant>,
     quiet_since: Option<Instant>,
     ram_sent_limit: u64,
+    /// By a restarted daemon, after the grant.
+    taken_up: bool,
 }
 
 impl Outgoing {
@@ -152,6 +158,7 @@ impl Outgoing {
             over_since: None,
             quiet_since: None,
             ram_sent_limit: 0,
+            taken_up: false,
         }
     }
 
@@ -166,23 +173,9 @@ impl Outgoing {
 
     /// Runs the migration to its end.
     pub async fn run(mut self) {
-        for (n, disk) in self.setup.disks.iter().enumerate() {
-            let info = SpaceInfo {
-                id: SpaceId(n as u16),
-                kind: SpaceKind::Disk,
-                name: disk.name().to_string(),
-                len: disk.size(),
-            };
-            let units = info.units();
-            self.setup
-                .flow
-                .add(info, Content::Disk(disk.file().clone()));
-            // Until the disk is frozen and looked through, nobody can say what of it is empty.
-            self.setup.flow.change(|out| {
-                out.offer_withheld(SpaceId(n as u16), Extent::new(0, units));
-            });
+        if !self.taken_up {
+            self.begin();
         }
-        self.event(SourceEvent::Start);
         let mut sample = tokio::time::interval(SAMPLE);
         loop {
             while let Some(action) = self.todo.pop_front() {
@@ -202,7 +195,35 @@ impl Outgoing {
                 _ = sample.tick() => self.sample().await,
             }
         }
+        if self.over.is_some() {
+            mark_over(&self.folder());
+        }
         tracing::info!(migration = %self.board().view().id, "session over");
+    }
+
+    fn folder(&self) -> std::path::PathBuf {
+        let id = self.board().view().id;
+        self.setup.host.state.migration_folder(&id)
+    }
+
+    fn begin(&mut self) {
+        for (n, disk) in self.setup.disks.iter().enumerate() {
+            let info = SpaceInfo {
+                id: SpaceId(n as u16),
+                kind: SpaceKind::Disk,
+                name: disk.name().to_string(),
+                len: disk.size(),
+            };
+            let units = info.units();
+            self.setup
+                .flow
+                .add(info, Content::Disk(disk.file().clone()));
+            // Until the disk is frozen and looked through, nobody can say what of it is empty.
+            self.setup.flow.change(|out| {
+                out.offer_withheld(SpaceId(n as u16), Extent::new(0, units));
+            });
+        }
+        self.event(SourceEvent::Start);
     }
 
     /// Whether the migration is over and the destination had time to hear so: its last question may have
@@ -505,7 +526,6 @@ impl Outgoing {
                 allocated: disk.file().allocated().await.unwrap_or(disk.size()),
             });
         }
-        let version = self.setup.qmp.version();
         Message::Prepare(Box::new(Prepare {
             epoch,
             machine: self.setup.spec.name.to_string(),
@@ -518,7 +538,10 @@ impl Outgoing {
                 .as_ref()
                 .map(|p| p.machine_type.clone())
                 .unwrap_or_default(),
-            qemu_version: format!("{}.{}.{}", version.major, version.minor, version.micro),
+            qemu_version: self.setup.qmp.as_ref().map_or_else(String::new, |qmp| {
+                let version = qmp.version();
+                format!("{}.{}.{}", version.major, version.minor, version.micro)
+            }),
             disks,
             ram: self.setup.ram,
         }))
@@ -553,7 +576,10 @@ impl Outgoing {
     /// QEMU starts to send its memory here.
     async fn start_copy(&mut self) {
         let options = SourceOptions::new(self.setup.ram_socket.clone());
-        match RamSource::start(self.setup.qmp.clone(), options).await {
+        let Some(qmp) = self.setup.qmp.clone() else {
+            return self.fail(ErrorCode::Qemu, "the source's QEMU is gone");
+        };
+        match RamSource::start(qmp, options).await {
             Ok((ram, events)) => {
                 let first = self.setup.disks.len();
                 for (block, b) in ram.layout().blocks.iter().enumerate() {
@@ -565,6 +591,10 @@ impl Outgoing {
                     };
                     let store = ram.store().clone();
                     self.setup.flow.add(info, Content::Ram { store, block });
+                }
+                if let Err(error) = save_layout(&self.folder(), ram.layout()) {
+                    // Only a restarted daemon would miss it.
+                    tracing::warn!(%error, "the layout of RAM cannot be kept");
                 }
                 self.ram_sent_limit = precopy::MOST * ram.layout().total_bytes();
                 self.ram = Some(ram);

@@ -15,7 +15,7 @@ use whimbrel_wire::message::{MAX_BITMAP_UNITS, Message, RamMode, pack_bitmap};
 
 use super::Outgoing;
 use crate::api::error::ErrorCode;
-use crate::disk::Mode;
+use crate::disk::{Disk, Mode};
 use crate::migration::flow::Flow;
 
 /// Grain in which arriving stale pages are noticed.
@@ -33,9 +33,9 @@ impl Outgoing {
             }
         }
         // Asked while the guest runs: they are where they are, whatever is in them.
-        let early = match &self.ram {
-            Some(ram) => early_pages(&self.setup.qmp, ram.layout()).await,
-            None => return self.fail(ErrorCode::Internal, "the stop came before the copy"),
+        let early = match (&self.ram, &self.setup.qmp) {
+            (Some(ram), Some(qmp)) => early_pages(qmp, ram.layout()).await,
+            _ => return self.fail(ErrorCode::Internal, "the stop came before the copy"),
         };
         let early = early.unwrap_or_else(|error| {
             tracing::warn!(%error, "the pages that devices touch first are unknown; the destination will demand them one by one");
@@ -115,7 +115,8 @@ impl Outgoing {
             self.tasks.push(AbortOnDropHandle::new(task));
         }
         for n in 0..self.setup.disks.len() {
-            if let Err(error) = self.look_through(n).await {
+            let (disk, space) = (&self.setup.disks[n], SpaceId(n as u16));
+            if let Err(error) = look_through(&self.setup.flow, disk, space).await {
                 // Everything is offered then: holes are sent as zeroes, which is slow and right.
                 self.setup.board.tell(format!(
                     "disk {}: holes cannot be found ({error}); all of it is sent",
@@ -136,34 +137,6 @@ impl Outgoing {
         for block in 0..blocks {
             self.say_empty(self.ram_space(block)).await;
         }
-    }
-
-    /// Finds the disk's holes: only what has content is sent.
-    async fn look_through(&self, n: usize) -> Result<(), whimbrel_volume::VolumeError> {
-        let (disk, space) = (&self.setup.disks[n], SpaceId(n as u16));
-        let units = disk.size().div_ceil(UNIT);
-        let mut data = UnitSet::empty(units);
-        let mut at = 0;
-        while at < disk.size() {
-            let runs = disk.file().data_extents(at, disk.size() - at).await?;
-            for run in &runs {
-                if run.data {
-                    data.insert(Extent::touching(run.offset, run.len));
-                }
-                at = run.offset + run.len;
-            }
-            if runs.is_empty() {
-                break;
-            }
-        }
-        self.setup.flow.change(|out| {
-            let holes: Vec<Extent> = data.gaps_within(Extent::new(0, units)).collect();
-            for hole in holes {
-                out.emptied(space, hole);
-            }
-            out.ready(space, Extent::new(0, units));
-        });
-        Ok(())
     }
 
     /// Tells the destination what of a space is empty.
@@ -196,6 +169,37 @@ impl Outgoing {
             first += len;
         }
     }
+}
+
+/// Finds the disk's holes: only what has content is sent.
+pub(super) async fn look_through(
+    flow: &Flow,
+    disk: &Disk,
+    space: SpaceId,
+) -> Result<(), whimbrel_volume::VolumeError> {
+    let units = disk.size().div_ceil(UNIT);
+    let mut data = UnitSet::empty(units);
+    let mut at = 0;
+    while at < disk.size() {
+        let runs = disk.file().data_extents(at, disk.size() - at).await?;
+        for run in &runs {
+            if run.data {
+                data.insert(Extent::touching(run.offset, run.len));
+            }
+            at = run.offset + run.len;
+        }
+        if runs.is_empty() {
+            break;
+        }
+    }
+    flow.change(|out| {
+        let holes: Vec<Extent> = data.gaps_within(Extent::new(0, units)).collect();
+        for hole in holes {
+            out.emptied(space, hole);
+        }
+        out.ready(space, Extent::new(0, units));
+    });
+    Ok(())
 }
 
 /// Frees demands and pushes of pages that have come meanwhile; the number still to come.

@@ -1,0 +1,442 @@
+//! Taking up what an earlier daemon left: migrations that were under way, then machines that run.
+//!
+//! A migration's folder says all there is to know: `journal` who owns the machine, `machine` and `peer`
+//! who they are, `layout.json` what RAM looks like, `landing.json` (destination) what was made for it, and
+//! `over` that nothing is left to do. What was granted is gone on with, on either side, whichever of the two
+//! daemons died; what was not is undone.
+//!
+//! Migrations come first: a machine whose migration is gone on with is that migration's, and is not taken
+//! up as one that merely runs.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+use whimbrel_engine::switchover::{Action, Destination, Epoch, Phase, Record, Source};
+use whimbrel_peer::hello::SessionId;
+use whimbrel_peer::trust::PeerName;
+use whimbrel_qemu::source::take_back;
+
+use super::{Daemon, Held, Session, rate_of};
+use crate::api::types::Direction;
+use crate::api::{ApiError, ErrorCode};
+use crate::disk::{Mode, Wants};
+use crate::machine::reattach;
+use crate::machines::{Machine, open_disks, set_volume};
+use crate::migration::arrival::Arrival;
+use crate::migration::arrivals::Arrivals;
+use crate::migration::board::Board;
+use crate::migration::departure::{Departure, Gear};
+use crate::migration::flow::Flow;
+use crate::migration::incoming::{self, Incoming};
+use crate::migration::landing::Plan;
+use crate::migration::outgoing::{self, Outgoing, offer_again};
+use crate::migration::peeks::Peeks;
+use crate::migration::record::{
+    MigrationJournal, is_over, mark_over, read_bandwidth, read_layout,
+};
+use crate::peers::Dialler;
+use crate::service::first_view;
+use crate::state::{MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir};
+
+fn damaged(what: impl ToString) -> ApiError {
+    ApiError::new(ErrorCode::Damaged, what.to_string())
+}
+
+impl Daemon {
+    /// Takes up what an earlier daemon left.
+    pub(super) async fn take_up(self: &Arc<Self>) {
+        match self.host.state.migrations() {
+            Ok(listing) => {
+                for id in listing.records {
+                    if let Err(error) = self.take_up_migration(&id).await {
+                        tracing::error!(migration = %id, %error, "a migration cannot be taken up");
+                    }
+                }
+            }
+            Err(error) => tracing::error!(%error, "the migrations' records cannot be listed"),
+        }
+        let listing = match self.host.state.machines() {
+            Ok(listing) => listing,
+            Err(error) => {
+                tracing::error!(%error, "the machines' records cannot be listed");
+                return;
+            }
+        };
+        for error in listing.damaged {
+            tracing::error!(%error, "a machine's record is damaged and left alone");
+        }
+        for (spec, runtime) in listing.records {
+            if self.machines.get(&spec.name).is_some() {
+                continue;
+            }
+            let name = spec.name.clone();
+            let process = runtime.process.clone().filter(QemuProcess::is_alive);
+            let mut running = None;
+            if let (Some(process), Ownership::Local) = (process, &runtime.ownership) {
+                running = match self.reattach(&spec, &process).await {
+                    Ok(running) => Some(running),
+                    Err(error) => {
+                        tracing::error!(machine = %name, %error, "a running machine cannot be taken up");
+                        None
+                    }
+                };
+            }
+            let machine = self.machines.insert(Machine::new(spec, runtime, running));
+            machine.watch_end(&self.host).await;
+        }
+    }
+
+    async fn reattach(
+        &self,
+        spec: &MachineSpec,
+        process: &QemuProcess,
+    ) -> Result<crate::machine::Running, String> {
+        let disks = open_disks(&self.host, spec)
+            .await
+            .map_err(|e| e.to_string())?;
+        let folder = self.host.state.machine_folder(&spec.name);
+        let running = reattach(&folder, spec, process, disks)
+            .await
+            .map_err(|e| e.to_string())?;
+        tracing::info!(machine = %spec.name, pid = process.pid, "a running machine was taken up");
+        Ok(running)
+    }
+
+    /// What a migration's journal says of it, and what follows.
+    async fn take_up_migration(self: &Arc<Self>, id: &MigrationId) -> Result<(), ApiError> {
+        let folder = self.host.state.migration_folder(id);
+        if is_over(&folder) {
+            return Ok(());
+        }
+        let journal = MigrationJournal::open(&folder).map_err(damaged)?;
+        match journal.records().first() {
+            None => Ok(()),
+            Some(Record::Preparing { .. } | Record::Refused { .. }) => {
+                self.take_up_incoming(id, &folder, journal).await
+            }
+            Some(_) => self.take_up_outgoing(id, &folder, journal).await,
+        }
+    }
+
+    async fn take_up_incoming(
+        self: &Arc<Self>,
+        id: &MigrationId,
+        folder: &Path,
+        mut journal: MigrationJournal,
+    ) -> Result<(), ApiError> {
+        let plan = Plan::load(folder).map_err(damaged)?;
+        let (destination, actions) = Destination::recover(journal.records());
+        for action in actions {
+            match action {
+                Action::Journal(record) => journal
+                    .append(record)
+                    .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
+                Action::CleanUp => {
+                    if let Some(plan) = &plan {
+                        for process in incoming::leftovers(&self.host, &plan.spec.name) {
+                            // It waited for a machine that will not come: no guest ever ran in it.
+                            let _ = rustix::process::kill_process(
+                                process,
+                                rustix::process::Signal::KILL,
+                            );
+                        }
+                        plan.undo(&self.host).await;
+                        let _ = std::fs::remove_file(folder.join("landing.json"));
+                        tracing::info!(migration = %id, "a migration that was not accepted was cleaned away");
+                    }
+                }
+                Action::Inspect => {
+                    let plan =
+                        plan.ok_or_else(|| damaged("landing.json is missing from its folder"))?;
+                    return self
+                        .take_up_arriving(id, folder, journal, destination, plan)
+                        .await;
+                }
+                // The source hears the answer when it asks.
+                _ => {}
+            }
+        }
+        if let (Phase::Complete, Some(plan)) = (destination.phase(), plan) {
+            self.finish_arrived(id, &plan).await?;
+        }
+        mark_over(folder);
+        Ok(())
+    }
+
+    /// The journal says that all is here and compared; the records may not yet.
+    async fn finish_arrived(&self, id: &MigrationId, plan: &Plan) -> Result<(), ApiError> {
+        let mut runtime = self.host.state.runtime(&plan.spec.name)?;
+        if !matches!(&runtime.ownership, Ownership::Arriving { migration } if migration == id) {
+            return Ok(());
+        }
+        plan.complete(&self.host).await.map_err(damaged)?;
+        runtime.ownership = Ownership::Local;
+        self.host.state.save_runtime(&plan.spec.name, &runtime)?;
+        Ok(())
+    }
+
+    /// A machine that this host owns and whose content was still arriving.
+    async fn take_up_arriving(
+        self: &Arc<Self>,
+        id: &MigrationId,
+        folder: &Path,
+        journal: MigrationJournal,
+        destination: Destination,
+        plan: Plan,
+    ) -> Result<(), ApiError> {
+        let peer = named::<PeerName>(folder, "peer")?;
+        let session = session_of(id)?;
+        let name = plan.spec.name.clone();
+        let view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Incoming);
+        let board = Arc::new(Board::new(view));
+        let (arrivals, wants) = (Arc::<Arrivals>::default(), Arc::<Wants>::default());
+        let peeks = Arc::new(Peeks::default());
+        let link = Arrival::start(arrivals.clone(), wants.clone(), peeks.clone());
+        let door = link.door();
+        let mut incoming = Incoming::new(incoming::Setup {
+            host: self.host.clone(),
+            machines: self.machines.clone(),
+            migration: id.clone(),
+            board: board.clone(),
+            journal,
+            link,
+            arrivals,
+            wants,
+            peeks,
+        });
+        incoming.take_up(destination, plan).await;
+        let held = Held {
+            machine: name,
+            board,
+            commands: None,
+            pace: None,
+        };
+        self.hold(id.clone(), held);
+        // Only now: the source must not meet a half-made session.
+        self.sessions().insert(session, Session { peer, door });
+        let daemon = self.clone();
+        tokio::spawn(async move {
+            incoming.run().await;
+            daemon.sessions().remove(&session);
+        });
+        Ok(())
+    }
+
+    async fn take_up_outgoing(
+        self: &Arc<Self>,
+        id: &MigrationId,
+        folder: &Path,
+        mut journal: MigrationJournal,
+    ) -> Result<(), ApiError> {
+        let (source, actions) = Source::recover(journal.records());
+        for action in actions {
+            match action {
+                Action::Journal(record) => journal
+                    .append(record)
+                    .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
+                Action::KeepGuest { epoch } => {
+                    tracing::info!(migration = %id, %epoch, "an unfinished migration away from here is off");
+                    self.keep_leftover(id, folder, epoch).await?;
+                }
+                _ => {}
+            }
+        }
+        if source.may_run() {
+            // A destination that was not told gives up by itself.
+            mark_over(folder);
+            return Ok(());
+        }
+        self.mark_granted(id, folder, &journal)?;
+        self.take_up_granted(id, folder, journal, source).await
+    }
+
+    /// A machine that was promised away is not this host's to run, whatever its record still says.
+    fn mark_granted(
+        &self,
+        id: &MigrationId,
+        folder: &Path,
+        journal: &MigrationJournal,
+    ) -> Result<(), ApiError> {
+        let name = named::<Name>(folder, "machine")?;
+        let to = named::<PeerName>(folder, "peer")?;
+        let mut runtime = self.host.state.runtime(&name)?;
+        if runtime.ownership == Ownership::Local && runtime.epoch <= granted_from(journal) {
+            runtime.ownership = Ownership::Departed {
+                migration: id.clone(),
+                to,
+            };
+            self.host.state.save_runtime(&name, &runtime)?;
+        }
+        Ok(())
+    }
+
+    /// Goes on with a migration that was granted: the source is asked for what has not arrived, or takes
+    /// the machine back if the destination never accepted it.
+    async fn take_up_granted(
+        self: &Arc<Self>,
+        id: &MigrationId,
+        folder: &Path,
+        journal: MigrationJournal,
+        source: Source,
+    ) -> Result<(), ApiError> {
+        let name = named::<Name>(folder, "machine")?;
+        let peer = named::<PeerName>(folder, "peer")?;
+        let session = session_of(id)?;
+        let spec = self.host.state.machine(&name)?;
+        let mut runtime = self.host.state.runtime(&name)?;
+        if !matches!(&runtime.ownership, Ownership::Departed { migration, .. } if migration == id) {
+            // It came back since, or an operator took it back.
+            mark_over(folder);
+            return Ok(());
+        }
+        let disks = if source.phase() == Phase::Complete {
+            Vec::new()
+        } else {
+            open_disks(&self.host, &spec).await?
+        };
+        for disk in &disks {
+            disk.set_mode(Mode::Frozen).await;
+        }
+        let mut running = None;
+        if let Some(process) = runtime.process.clone().filter(QemuProcess::is_alive) {
+            let folder = self.host.state.machine_folder(&name);
+            running = match reattach(&folder, &spec, &process, disks.clone()).await {
+                Ok(running) => Some(running),
+                Err(error) => {
+                    tracing::error!(machine = %name, %error, "the paused QEMU of a machine that moves away cannot be taken up");
+                    None
+                }
+            };
+        }
+        let qmp = running.as_ref().map(|running| running.qmp.clone());
+        let pid = running.as_ref().map(|running| running.process.pid);
+        let layout = read_layout(folder);
+        // What the epoch was when it was promised; `departed` goes on from it.
+        runtime.epoch = granted_from(&journal);
+        let standing = Machine::new(spec.clone(), runtime.clone(), running);
+        let machine = self.machines.insert(standing);
+        machine.watch_end(&self.host).await;
+        machine.lock().await.migration = Some(id.clone());
+        let mut view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Outgoing);
+        view.bandwidth = read_bandwidth(folder);
+        let pace = self.host.pace.under(rate_of(view.bandwidth));
+        let board = Arc::new(Board::new(view));
+        board.phase(source.phase());
+        let (commands, queue) = mpsc::channel(8);
+        let held = Held {
+            machine: name.clone(),
+            board: board.clone(),
+            commands: Some(commands),
+            pace: Some(pace.clone()),
+        };
+        self.hold(id.clone(), held);
+        tracing::info!(migration = %id, machine = %name, phase = %source.phase(), "a migration away from here is gone on with");
+        let host = self.host.clone();
+        tokio::spawn(async move {
+            let flow = Arc::new(Flow::default());
+            offer_again(&flow, &disks, layout.as_ref(), qmp.as_ref(), pid, &board).await;
+            let (ram_changes, changes) = watch::channel(false);
+            let link = Departure::redial(Gear {
+                dialler: Arc::new(Dialler::new(
+                    host.identity.clone(),
+                    host.trust.clone(),
+                    host.name.clone(),
+                    peer,
+                    session,
+                )),
+                flow: flow.clone(),
+                pace: pace.clone(),
+                pushes: 1,
+                ram_changes: changes,
+            });
+            let ram_socket = host.state.machine_folder(&name).join("ram-out.sock");
+            let setup = outgoing::Setup {
+                host,
+                machine,
+                board,
+                journal,
+                link,
+                flow,
+                pace,
+                commands: queue,
+                spec,
+                runtime,
+                qmp,
+                disks,
+                ram: whimbrel_wire::message::RamMode::Postcopy,
+                hold: false,
+                ram_changes,
+                ram_socket,
+            };
+            Outgoing::take_up(setup, source).run().await;
+        });
+        Ok(())
+    }
+
+    /// The machine stays here, or came back: the records say so, and a guest that was stopped goes on.
+    async fn keep_leftover(
+        &self,
+        id: &MigrationId,
+        folder: &Path,
+        epoch: Epoch,
+    ) -> Result<(), ApiError> {
+        let name = named::<Name>(folder, "machine")?;
+        let mut runtime = self.host.state.runtime(&name)?;
+        let ours = match &runtime.ownership {
+            Ownership::Local => runtime.epoch <= epoch,
+            Ownership::Departed { migration, .. } => migration == id,
+            Ownership::Arriving { .. } => false,
+        };
+        if !ours {
+            return Ok(());
+        }
+        runtime.epoch = epoch;
+        runtime.ownership = Ownership::Local;
+        self.host.state.save_runtime(&name, &runtime)?;
+        let spec = self.host.state.machine(&name)?;
+        for disk in &spec.disks {
+            set_volume(&self.host, &disk.volume, epoch, Ownership::Local);
+        }
+        let Some(process) = runtime.process.filter(QemuProcess::is_alive) else {
+            return Ok(());
+        };
+        let resumed = match whimbrel_qemu::qmp::Qmp::connect(&process.qmp).await {
+            Ok(qmp) => {
+                let socket = self.host.state.machine_folder(&name).join("ram-out.sock");
+                take_back(&qmp, &socket).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = resumed {
+            tracing::error!(machine = %name, %error, "a guest that was stopped for a migration cannot be resumed");
+        }
+        Ok(())
+    }
+}
+
+fn session_of(id: &MigrationId) -> Result<SessionId, ApiError> {
+    SessionId::try_from(id.to_string()).map_err(damaged)
+}
+
+/// What a file of the migration's folder names.
+fn named<T>(folder: &Path, file: &str) -> Result<T, ApiError>
+where
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
+    let path = folder.join(file);
+    let text = StateDir::read_text(&path)?
+        .ok_or_else(|| damaged(format!("{} is missing", path.display())))?;
+    text.trim()
+        .parse()
+        .map_err(|e| damaged(format!("{}: {e}", path.display())))
+}
+
+/// The epoch under which a migration's machine was this host's before it was promised away.
+fn granted_from(journal: &MigrationJournal) -> Epoch {
+    let started = journal.records().iter().find_map(|record| match *record {
+        Record::Started { epoch } => Some(epoch),
+        _ => None,
+    });
+    started.unwrap_or_default()
+}

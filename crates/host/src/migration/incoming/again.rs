@@ -1,0 +1,275 @@
+//! A destination that an earlier daemon had left in the middle: it had accepted the machine.
+//!
+//! The volumes' journals say what of the disks is here, QEMU itself says what of RAM. Three things can have
+//! become of the guest, and QEMU tells which: it never ran (the machine may still be refused, and is), it
+//! runs and lacks memory (its post-copy has paused, and is taken up on a new socket), or it runs and lacks
+//! none. If QEMU is gone, the guest ran if it was recorded as running or wrote to a disk; its memory is of
+//! no use then, and its disks go on arriving. If neither is known nobody but a person can tell, and the
+//! source is answered nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use rustix::process::Pid;
+use tokio_util::task::AbortOnDropHandle;
+use whimbrel_engine::inflow::SpaceIn;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind};
+use whimbrel_engine::switchover::{Destination, DestinationEvent};
+use whimbrel_qemu::info::info;
+use whimbrel_qemu::qmp::Qmp;
+use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
+use whimbrel_qemu::stream::{RamBlock, StreamLayout};
+
+use super::Incoming;
+use crate::api::types::MigrationState;
+use crate::disk::{Disk, Filling, Mode};
+use crate::host::Host;
+use crate::machine::reattach;
+use crate::machines::Machine;
+use crate::migration::arrivals::{RamIn, RamSink};
+use crate::migration::landing::{Landing, Plan};
+use crate::migration::record::read_layout;
+use crate::state::{MachineRuntime, MachineSpec, Name, Ownership, QemuProcess, Timestamp, start_ticks};
+
+const NO_LAYOUT: &str =
+    "what the machine's memory looks like was not kept, so its post-copy cannot be gone on with";
+
+/// What became of the guest.
+enum Guest {
+    NeverRan,
+    /// It lacks memory; its QEMU listens again, and holds these pages of each block.
+    Lacks(PostcopySink, Requests, Vec<UnitSet>),
+    /// It lacks no memory, or needs none any more.
+    Whole,
+}
+
+type Requests = tokio::sync::mpsc::Receiver<whimbrel_qemu::sink::Request>;
+
+impl Incoming {
+    /// Goes on where the journal ends; what cannot be gone on with is told of, and waits for an operator.
+    pub async fn take_up(&mut self, destination: Destination, plan: Plan) {
+        self.switch = destination;
+        self.known = true;
+        self.setup
+            .board
+            .tell("a restarted daemon goes on with the migration");
+        if let Err(why) = self.try_take_up(plan).await {
+            self.trouble(why);
+        }
+        self.setup.board.phase(self.switch.phase());
+    }
+
+    async fn try_take_up(&mut self, plan: Plan) -> Result<(), String> {
+        let host = self.setup.host.clone();
+        let spec = plan.spec.clone();
+        let runtime = host.state.runtime(&spec.name).map_err(|e| e.to_string())?;
+        let volumes = plan.reopen(&host).await.map_err(|e| e.to_string())?;
+        let mut wrote = false;
+        let (mut fillings, mut disks) = (Vec::new(), Vec::new());
+        for (n, volume) in volumes.into_iter().enumerate() {
+            let found = volume.recovered;
+            wrote |= !found.guest_owned.is_empty();
+            let info = SpaceInfo {
+                id: SpaceId(n as u16),
+                kind: SpaceKind::Disk,
+                name: volume.record.name.to_string(),
+                len: volume.record.size,
+            };
+            let space =
+                SpaceIn::recovered(info, found.resident, found.guest_owned, found.partial);
+            let filling = Arc::new(Filling::new(
+                space,
+                volume.file.clone(),
+                volume.journal,
+                self.setup.wants.clone(),
+                self.setup.board.clock(),
+            ));
+            let disk = Disk::new(
+                volume.record.name.to_string(),
+                volume.record.size,
+                volume.file,
+                Mode::Filling(filling.clone()),
+            );
+            disks.push(Arc::new(disk));
+            fillings.push(filling);
+        }
+        self.landing = Some(Landing::landed(plan));
+        self.setup.arrivals.expect_disks(fillings.len());
+        let ran = runtime.process.is_some() || wrote;
+        let process = match runtime.process.filter(QemuProcess::is_alive) {
+            Some(process) => Some(process),
+            None => leftover_process(&host, &spec).await,
+        };
+        let running = match &process {
+            Some(process) => {
+                let folder = host.state.machine_folder(&spec.name);
+                let running = reattach(&folder, &spec, process, disks).await;
+                Some(running.map_err(|e| format!("the machine's QEMU does not answer: {e}"))?)
+            }
+            None => None,
+        };
+        let layout = read_layout(&self.folder());
+        let guest = match &running {
+            Some(running) => self.guest_of(&running.qmp, layout.as_ref()).await?,
+            None if ran => {
+                self.setup.board.tell(
+                    "the machine's process is gone, its memory with it; its disks go on arriving",
+                );
+                Guest::Whole
+            }
+            None => {
+                return Err(
+                    "the machine's process is gone, and whether its guest ran here is unknown"
+                        .to_string(),
+                );
+            }
+        };
+        self.running = running;
+        self.process = process.clone();
+        match guest {
+            Guest::NeverRan => {
+                // The journals go with the volumes: nobody may hold them.
+                drop(fillings);
+                for disk in self.running.iter().flat_map(|running| &running.disks) {
+                    disk.set_mode(Mode::Frozen).await;
+                }
+                self.refusal = Some("its daemon was restarted before the guest ran".to_string());
+                self.event(DestinationEvent::Failed);
+                return Ok(());
+            }
+            Guest::Lacks(sink, requests, received) => {
+                let layout = layout.ok_or(NO_LAYOUT)?;
+                let spaces = spaces_of(&layout, fillings.len(), received);
+                let ram = self.take_ram(spaces, RamSink::Postcopy(sink));
+                self.pass_requests(ram.clone(), requests);
+                self.ram = Some(ram);
+                self.layout = Some(layout);
+            }
+            Guest::Whole => {
+                // The source must not send what nobody takes: all of it is said to be here.
+                if let Some(layout) = layout {
+                    let all = layout.blocks.iter().map(|b| UnitSet::full(b.units()));
+                    let spaces = spaces_of(&layout, fillings.len(), all.collect());
+                    self.take_ram(spaces, RamSink::Sated);
+                }
+                self.ram_done = true;
+            }
+        }
+        self.setup.arrivals.set_disks(fillings);
+        self.setup.arrivals.open_ram();
+        self.settle_again(spec, process).await;
+        self.event(DestinationEvent::Running);
+        Ok(())
+    }
+
+    async fn guest_of(&self, qmp: &Qmp, layout: Option<&StreamLayout>) -> Result<Guest, String> {
+        let state = destination_state(qmp).await.map_err(|e| e.to_string())?;
+        match state {
+            DestinationState::NeverRan => Ok(Guest::NeverRan),
+            DestinationState::Complete => Ok(Guest::Whole),
+            DestinationState::Paused | DestinationState::Fed | DestinationState::Blocked => {
+                let layout = layout.ok_or(NO_LAYOUT)?;
+                let (sink, requests, received) =
+                    PostcopySink::recover(qmp, &self.ram_socket(), layout)
+                        .await
+                        .map_err(|e| format!("QEMU's post-copy cannot be taken up again: {e}"))?;
+                Ok(Guest::Lacks(sink, requests, received))
+            }
+            other @ (DestinationState::Gone
+            | DestinationState::Failed { .. }
+            | DestinationState::NotIncoming { .. }) => Err(format!("the machine's QEMU: {other}")),
+        }
+    }
+
+    fn take_ram(&self, spaces: Vec<SpaceIn>, sink: RamSink) -> Arc<RamIn> {
+        let (wants, clock) = (self.setup.wants.clone(), self.setup.board.clock());
+        let ram = Arc::new(RamIn::new(spaces, sink, wants, clock));
+        self.setup.arrivals.set_ram(ram.clone());
+        ram
+    }
+
+    pub(super) fn pass_requests(&mut self, ram: Arc<RamIn>, mut requests: Requests) {
+        self.requests = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            while let Some((block, extent)) = requests.recv().await {
+                ram.request(block, extent);
+            }
+        })));
+    }
+
+    /// As [`settle`](Self::settle), for a guest that was found running.
+    async fn settle_again(&mut self, spec: MachineSpec, process: Option<QemuProcess>) {
+        let runtime = MachineRuntime {
+            epoch: self.switch.epoch(),
+            ownership: Ownership::Arriving {
+                migration: self.setup.migration.clone(),
+            },
+            process,
+        };
+        if let Some(landing) = &self.landing
+            && let Err(error) = landing.plan().accept(&self.setup.host, &runtime)
+        {
+            self.setup.board.tell(format!(
+                "the machine's records cannot be written ({error}); the migration's journal says that it is here"
+            ));
+        }
+        let machine = Machine::new(spec, runtime, self.running.take());
+        let machine = self.setup.machines.insert(machine);
+        machine.watch_end(&self.setup.host).await;
+        machine.lock().await.migration = Some(self.setup.migration.clone());
+        self.machine = Some(machine);
+        self.setup.board.state(MigrationState::Running);
+        self.watch_ram();
+        self.watch_disks();
+    }
+}
+
+/// The RAM blocks as spaces that follow the disks'.
+fn spaces_of(layout: &StreamLayout, disks: usize, received: Vec<UnitSet>) -> Vec<SpaceIn> {
+    let blocks = layout.blocks.iter().zip(received).enumerate();
+    let space = |(n, (block, received)): (usize, (&RamBlock, UnitSet))| {
+        let info = SpaceInfo {
+            id: SpaceId((disks + n) as u16),
+            kind: SpaceKind::Ram,
+            name: block.name.clone(),
+            len: block.len,
+        };
+        let none = UnitSet::empty(info.units());
+        SpaceIn::recovered(info, received, none, BTreeMap::new())
+    };
+    blocks.map(space).collect()
+}
+
+/// The QEMU that an earlier daemon had started for a machine to arrive in.
+async fn leftover_process(host: &Host, spec: &MachineSpec) -> Option<QemuProcess> {
+    let process = leftovers(host, &spec.name).into_iter().next()?;
+    let pid = u32::try_from(process.as_raw_nonzero().get()).ok()?;
+    let socket = host.state.machine_folder(&spec.name).join("qmp.sock");
+    let qmp = Qmp::connect(&socket).await.ok()?;
+    let machine_type = info(&qmp).await.ok()?.machine_type;
+    Some(QemuProcess {
+        pid,
+        start_ticks: start_ticks(pid)?,
+        qmp: socket,
+        machine_type,
+        adopted: false,
+        started: Timestamp::now(),
+    })
+}
+
+/// The QEMUs started for a machine to arrive in, by the monitor that they carry in their command line.
+pub fn leftovers(host: &Host, name: &Name) -> Vec<Pid> {
+    let folder = host.state.machine_folder(name);
+    let socket = format!("path={}", folder.join("qmp.sock").display());
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let found = processes.flatten().filter_map(|process| {
+        let pid = process.file_name().to_str()?.parse::<i32>().ok()?;
+        let line = std::fs::read(process.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line);
+        let is_ours = line.contains(&socket) && line.contains("-incoming");
+        is_ours.then(|| Pid::from_raw(pid)).flatten()
+    });
+    found.collect()
+}

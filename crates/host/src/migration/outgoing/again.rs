@@ -1,0 +1,135 @@
+//! A source that an earlier daemon had left in the middle: granted, or being drained.
+//!
+//! That daemon's copy of RAM died with it, but the source's QEMU is still there, stopped, with its memory as
+//! it was at the switchover; and the disks are frozen as they were. So everything is offered once more, and
+//! the destination says by itself what of it it has.
+
+use std::sync::Arc;
+
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind, UNIT};
+use whimbrel_engine::switchover::{Action, Phase, Source};
+use whimbrel_qemu::paused::PausedRam;
+use whimbrel_qemu::qmp::Qmp;
+use whimbrel_qemu::stream::StreamLayout;
+
+use super::stop::look_through;
+use super::{Outgoing, Setup};
+use crate::disk::Disk;
+use crate::migration::board::Board;
+use crate::migration::flow::{Content, Flow};
+
+/// Pages looked through at a time for zeroes: 4 MiB.
+const GLANCE: u64 = 1024;
+
+impl Outgoing {
+    /// Goes on where the journal ends. The flow has been filled by [`offer_again`].
+    pub fn take_up(setup: Setup, source: Source) -> Self {
+        let mut outgoing = Outgoing::new(setup);
+        outgoing.taken_up = true;
+        match source.phase() {
+            Phase::Drain => outgoing.todo.push_back(Action::Drain),
+            Phase::Complete => outgoing.todo.push_back(Action::Finish(Phase::Complete)),
+            _ => {}
+        }
+        let spaces = outgoing.setup.flow.infos();
+        outgoing.empties_said = spaces.iter().map(|info| info.id).collect();
+        outgoing.switch = source;
+        outgoing
+            .setup
+            .board
+            .tell("a restarted daemon goes on with the migration");
+        outgoing
+    }
+}
+
+/// Offers all that the disks and the stopped QEMU hold. What cannot be had is told of.
+pub async fn offer_again(
+    flow: &Flow,
+    disks: &[Arc<Disk>],
+    layout: Option<&StreamLayout>,
+    qmp: Option<&Qmp>,
+    pid: Option<u32>,
+    board: &Board,
+) {
+    for (n, disk) in disks.iter().enumerate() {
+        let space = SpaceId(n as u16);
+        let info = SpaceInfo {
+            id: space,
+            kind: SpaceKind::Disk,
+            name: disk.name().to_string(),
+            len: disk.size(),
+        };
+        let all = Extent::new(0, info.units());
+        flow.add(info, Content::Disk(disk.file().clone()));
+        flow.change(|out| out.offer_withheld(space, all));
+        if let Err(error) = look_through(flow, disk, space).await {
+            board.tell(format!(
+                "disk {}: holes cannot be found ({error}); all of it is sent",
+                disk.name()
+            ));
+            flow.change(|out| out.ready(space, all));
+        }
+    }
+    let Some(layout) = layout.filter(|_| !disks.is_empty()) else {
+        return;
+    };
+    let opened = match (qmp, pid) {
+        (Some(qmp), Some(pid)) => PausedRam::open(qmp, pid, layout)
+            .await
+            .map_err(|e| e.to_string()),
+        _ => Err("its process is gone".to_string()),
+    };
+    let ram = match opened {
+        Ok(ram) => ram,
+        Err(why) => {
+            board.tell(format!(
+                "the guest's memory at the source is lost ({why}); what of it has not arrived will be missed"
+            ));
+            return;
+        }
+    };
+    for (block, b) in layout.blocks.iter().enumerate() {
+        let space = SpaceId((disks.len() + block) as u16);
+        let info = SpaceInfo {
+            id: space,
+            kind: SpaceKind::Ram,
+            name: b.name.clone(),
+            len: b.len,
+        };
+        let units = info.units();
+        let store = ram.clone();
+        flow.add(info, Content::Paused { ram: store, block });
+        let (reader, found) = (ram.clone(), units);
+        let live = tokio::task::spawn_blocking(move || content_of(&reader, block, found)).await;
+        match live {
+            Ok(Ok(live)) => flow.change(|out| out.offer_set(space, &live)),
+            Ok(Err(error)) => {
+                board.tell(format!(
+                    "RAM block {} cannot be read: {error}; what of it has not arrived will be missed",
+                    b.name
+                ));
+            }
+            Err(panic) => tracing::error!(%panic, "reading RAM panicked"),
+        }
+    }
+}
+
+/// The pages that are not zero.
+fn content_of(ram: &PausedRam, block: usize, units: u64) -> Result<UnitSet, whimbrel_qemu::Error> {
+    let mut live = UnitSet::empty(units);
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while at < units {
+        let len = GLANCE.min(units - at);
+        bytes.clear();
+        ram.read(block, at, len, &mut bytes)?;
+        for (n, page) in bytes.chunks(UNIT as usize).enumerate() {
+            if page.iter().any(|&byte| byte != 0) {
+                live.insert(Extent::unit(at + n as u64));
+            }
+        }
+        at += len;
+    }
+    Ok(live)
+}

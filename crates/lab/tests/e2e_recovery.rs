@@ -1,0 +1,97 @@
+//! Daemons that die after the switchover, on either side: the machine stays whose it is, the guest loses
+//! nothing, and the move comes to its end without anybody's help.
+
+mod e2e_support;
+
+use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, line, secs, start};
+use std::time::{Duration, Instant};
+use whimbrel_lab::net::{Host, LabSpec};
+use whimbrel_lab::pair::PairSpec;
+use whimbrel_lab::pair::answers::{MachineStatus, Phase};
+use whimbrel_lab::wan::WanSpec;
+
+/// Slow enough that the drain outlasts a few deaths.
+fn slow() -> PairSpec {
+    PairSpec::new(LabSpec::new(WanSpec::symmetric(line(100, 5))))
+}
+
+/// Starts the move and returns when so many thousandths of it have arrived.
+fn drains_to(scene: &Scene, permille: u16) {
+    let args = ["migrate", NAME, "--to", "host-b"];
+    let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
+    let draining = follow.until("the drain", MOVE_WITHIN, |view| {
+        view.phase == Phase::Drain && view.permille >= permille
+    });
+    assert!(draining.expect("draining").view.permille < 900);
+}
+
+/// Waits for the machine to be the destination's alone.
+fn completes(scene: &Scene) {
+    let deadline = Instant::now() + MOVE_WITHIN;
+    loop {
+        let here = scene.status(Host::B);
+        let there = scene.status(Host::A);
+        if here == Some(MachineStatus::Running) && there == Some(MachineStatus::Departed) {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "at the destination {here:?}, at the source {there:?}"
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn dies(scene: &mut Scene, host: Host) {
+    scene.site_mut(host).kill9().expect("killed");
+    scene.site_mut(host).start().expect("up again");
+}
+
+#[test]
+fn destination_daemon_killed_in_the_drain() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = start(&slow());
+    let mut guest = scene.guest_on(Host::A);
+    drains_to(&scene, 200);
+    dies(&mut scene, Host::B);
+    completes(&scene);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn source_daemon_killed_in_the_drain() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = start(&slow());
+    let mut guest = scene.guest_on(Host::A);
+    drains_to(&scene, 200);
+    dies(&mut scene, Host::A);
+    completes(&scene);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn both_daemons_killed_in_the_drain_again_and_again() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = start(&slow());
+    let mut guest = scene.guest_on(Host::A);
+    drains_to(&scene, 50);
+    for _ in 0..3 {
+        dies(&mut scene, Host::A);
+        dies(&mut scene, Host::B);
+        std::thread::sleep(secs(1));
+    }
+    completes(&scene);
+    scene.works(&mut guest);
+    // And it moves back, as any machine does.
+    scene.moves(Host::B, &[]);
+    scene.works(&mut guest);
+    scene.verified_on(Host::A, &mut guest);
+}
