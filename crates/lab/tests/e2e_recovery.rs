@@ -7,7 +7,7 @@ use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, line, secs, start};
 use std::time::{Duration, Instant};
 use whimbrel_lab::net::{Host, LabSpec};
 use whimbrel_lab::pair::PairSpec;
-use whimbrel_lab::pair::answers::{MachineStatus, Phase};
+use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, MigrationView, Phase};
 use whimbrel_lab::wan::WanSpec;
 
 /// Slow enough that the drain outlasts a few deaths.
@@ -25,21 +25,22 @@ fn drains_to(scene: &Scene, permille: u16) {
     assert!(draining.expect("draining").view.permille < 900);
 }
 
-/// Waits for the machine to be the destination's alone.
+/// Waits for both sides to say that the move is over.
 fn completes(scene: &Scene) {
     let deadline = Instant::now() + MOVE_WITHIN;
-    loop {
-        let here = scene.status(Host::B);
-        let there = scene.status(Host::A);
-        if here == Some(MachineStatus::Running) && there == Some(MachineStatus::Departed) {
-            return;
+    for host in [Host::B, Host::A] {
+        loop {
+            let args = ["status", NAME];
+            let view: MigrationView = scene.on(host).answer(&args).expect("the daemon answers");
+            if view.phase == Phase::Complete {
+                assert_eq!(view.state, MigrationState::Completed, "{view:?}");
+                break;
+            }
+            assert!(Instant::now() < deadline, "{host}: {view:?}");
+            std::thread::sleep(Duration::from_millis(200));
         }
-        assert!(
-            Instant::now() < deadline,
-            "at the destination {here:?}, at the source {there:?}"
-        );
-        std::thread::sleep(Duration::from_millis(200));
     }
+    assert_eq!(scene.status(Host::A), Some(MachineStatus::Departed));
 }
 
 fn dies(scene: &mut Scene, host: Host) {
