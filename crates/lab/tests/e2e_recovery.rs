@@ -25,13 +25,22 @@ fn drains_to(scene: &Scene, permille: u16) {
     assert!(draining.expect("draining").view.permille < 900);
 }
 
+/// Of `whimbrel status MACHINE`, what counts here.
+#[derive(serde::Deserialize)]
+struct Status {
+    migration: MigrationView,
+}
+
 /// Waits for both sides to say that the move is over.
 fn completes(scene: &Scene) {
     let deadline = Instant::now() + MOVE_WITHIN;
     for host in [Host::B, Host::A] {
         loop {
-            let args = ["status", NAME];
-            let view: MigrationView = scene.on(host).answer(&args).expect("the daemon answers");
+            let status: Status = scene
+                .on(host)
+                .answer(&["status", NAME])
+                .expect("the daemon answers");
+            let view = status.migration;
             if view.phase == Phase::Complete {
                 assert_eq!(view.state, MigrationState::Completed, "{view:?}");
                 break;

@@ -32,9 +32,7 @@ use crate::migration::incoming::{self, Incoming};
 use crate::migration::landing::Plan;
 use crate::migration::outgoing::{self, Outgoing, offer_again};
 use crate::migration::peeks::Peeks;
-use crate::migration::record::{
-    MigrationJournal, is_over, mark_over, read_bandwidth, read_layout,
-};
+use crate::migration::record::{MigrationJournal, is_over, mark_over, read_bandwidth, read_layout};
 use crate::peers::Dialler;
 use crate::service::first_view;
 use crate::state::{MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir};

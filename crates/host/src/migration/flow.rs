@@ -24,9 +24,15 @@ const MAX_ZERO_ANSWERS: usize = 4096;
 #[derive(Clone)]
 pub enum Content {
     Disk(Arc<Backend>),
-    Ram { store: Arc<RamStore>, block: usize },
+    Ram {
+        store: Arc<RamStore>,
+        block: usize,
+    },
     /// The memory of a stopped QEMU, after the daemon that had a copy of it died.
-    Paused { ram: Arc<PausedRam>, block: usize },
+    Paused {
+        ram: Arc<PausedRam>,
+        block: usize,
+    },
 }
 
 /// Content that could not be read at the source.

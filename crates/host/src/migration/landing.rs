@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::{Backend, Format};
-use whimbrel_volume::journal::{Journal, VolumeIdentity, Recovered};
+use whimbrel_volume::journal::{Journal, Recovered, VolumeIdentity};
 use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 

@@ -30,7 +30,9 @@ use crate::machines::Machine;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan};
 use crate::migration::record::read_layout;
-use crate::state::{MachineRuntime, MachineSpec, Name, Ownership, QemuProcess, Timestamp, start_ticks};
+use crate::state::{
+    MachineRuntime, MachineSpec, Name, Ownership, QemuProcess, Timestamp, start_ticks,
+};
 
 const NO_LAYOUT: &str =
     "what the machine's memory looks like was not kept, so its post-copy cannot be gone on with";
@@ -76,8 +78,7 @@ impl Incoming {
                 name: volume.record.name.to_string(),
                 len: volume.record.size,
             };
-            let space =
-                SpaceIn::recovered(info, found.resident, found.guest_owned, found.partial);
+            let space = SpaceIn::recovered(info, found.resident, found.guest_owned, found.partial);
             let filling = Arc::new(Filling::new(
                 space,
                 volume.file.clone(),
@@ -166,7 +167,7 @@ impl Incoming {
     async fn guest_of(&self, qmp: &Qmp, layout: Option<&StreamLayout>) -> Result<Guest, String> {
         let state = destination_state(qmp).await.map_err(|e| e.to_string())?;
         match state {
-            DestinationState::NeverRan => Ok(Guest::NeverRan),
+            DestinationState::NeverRan | DestinationState::LostLoading => Ok(Guest::NeverRan),
             DestinationState::Complete => Ok(Guest::Whole),
             DestinationState::Paused | DestinationState::Fed | DestinationState::Blocked => {
                 let layout = layout.ok_or(NO_LAYOUT)?;
