@@ -195,7 +195,9 @@ impl Outgoing {
                 _ = sample.tick() => self.sample().await,
             }
         }
-        if self.over.is_some() {
+        // A completion that the destination may not have heard of is told again by the next daemon.
+        let told = self.over != Some(Phase::Complete) || self.quiet_since.is_some();
+        if self.over.is_some() && told {
             mark_over(&self.folder());
         }
         tracing::info!(migration = %self.board().view().id, "session over");
