@@ -241,12 +241,77 @@ impl Daemon {
             }
         }
         if source.may_run() {
-            // A destination that was not told gives up by itself.
+            if source.cancel_is_unanswered() {
+                return self.tell_of_cancel(id, folder, journal, source);
+            }
             mark_over(folder);
             return Ok(());
         }
         self.mark_granted(id, folder, &journal)?;
         self.take_up_granted(id, folder, journal, source).await
+    }
+
+    /// The move is off, and the destination may still wait for the machine: it is told, if it can be reached.
+    /// Otherwise it gives up by itself.
+    fn tell_of_cancel(
+        &self,
+        id: &MigrationId,
+        folder: &Path,
+        journal: MigrationJournal,
+        source: Source,
+    ) -> Result<(), ApiError> {
+        let name = named::<Name>(folder, "machine")?;
+        let spec = self.host.state.machine(&name)?;
+        let runtime = self.host.state.runtime(&name)?;
+        let view = first_view(
+            id.clone(),
+            name,
+            named::<PeerName>(folder, "peer")?,
+            Direction::Outgoing,
+        );
+        let (flow, pace) = (Arc::<Flow>::default(), self.host.pace.clone());
+        let (ram_changes, changes) = watch::channel(false);
+        let gear = Gear {
+            dialler: self.dialler(view.peer.clone(), session_of(id)?),
+            flow: flow.clone(),
+            pace: pace.clone(),
+            pushes: 0,
+            ram_changes: changes,
+        };
+        // Nobody commands a move that is off.
+        let (_, commands) = mpsc::channel(1);
+        let setup = outgoing::Setup {
+            host: self.host.clone(),
+            // Not the one that runs: nothing is done to the machine any more.
+            machine: Arc::new(Machine::new(spec.clone(), runtime.clone(), None)),
+            board: Arc::new(Board::new(view)),
+            journal,
+            link: Departure::redial(gear),
+            flow,
+            pace,
+            commands,
+            spec,
+            runtime,
+            qmp: None,
+            disks: Vec::new(),
+            ram: whimbrel_wire::message::RamMode::Postcopy,
+            hold: false,
+            ram_changes,
+            ram_socket: folder.join("none.sock"),
+        };
+        tokio::spawn(Outgoing::take_up(setup, source).run());
+        Ok(())
+    }
+
+    fn dialler(&self, peer: PeerName, session: SessionId) -> Arc<Dialler> {
+        let host = &self.host;
+        Arc::new(Dialler::new(
+            host.identity.clone(),
+            host.trust.clone(),
+            host.name.clone(),
+            peer,
+            session,
+        ))
     }
 
     /// A machine that was promised away is not this host's to run, whatever its record still says.
@@ -330,19 +395,13 @@ impl Daemon {
         };
         self.hold(id.clone(), held);
         tracing::info!(migration = %id, machine = %name, phase = %source.phase(), "a migration away from here is gone on with");
-        let host = self.host.clone();
+        let (host, dialler) = (self.host.clone(), self.dialler(peer, session));
         tokio::spawn(async move {
             let flow = Arc::new(Flow::default());
             offer_again(&flow, &disks, layout.as_ref(), qmp.as_ref(), pid, &board).await;
             let (ram_changes, changes) = watch::channel(false);
             let link = Departure::redial(Gear {
-                dialler: Arc::new(Dialler::new(
-                    host.identity.clone(),
-                    host.trust.clone(),
-                    host.name.clone(),
-                    peer,
-                    session,
-                )),
+                dialler,
                 flow: flow.clone(),
                 pace: pace.clone(),
                 pushes: 1,

@@ -1,6 +1,6 @@
 //! What arrives at the destination, and where it goes: disks into their files, RAM into QEMU.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -213,11 +213,21 @@ pub struct Arrivals {
     ram_gate: watch::Sender<bool>,
     /// Units frames stored so far.
     frames: watch::Sender<u64>,
+    /// The machine does not come here: what is still sent is thrown away. Were it an error, the connection
+    /// would break before the source could hear the refusal on it.
+    refused: AtomicBool,
     /// Fills at work. They run to their end whatever becomes of the connection that brought them.
     at_work: TaskTracker,
 }
 
 impl Arrivals {
+    /// Nothing is stored any more, whatever comes.
+    pub fn refuse(&self) {
+        self.refused.store(true, Ordering::Release);
+        self.disk_gate.send_replace(true);
+        self.ram_gate.send_replace(true);
+    }
+
     pub fn set_disks(&self, disks: Vec<Arc<Filling>>) {
         *self.disks.lock().expect("no holder of this lock panics") = disks;
         self.disk_gate.send_replace(true);
@@ -319,6 +329,14 @@ impl Arrivals {
 
     /// Who takes the content of a space, once it may be taken.
     async fn target(&self, space: SpaceId) -> Result<Target, ArrivalError> {
+        match self.expected(space).await {
+            // Also if it was refused while this waited.
+            _ if self.refused.load(Ordering::Acquire) => Ok(Target::Nowhere),
+            expected => expected,
+        }
+    }
+
+    async fn expected(&self, space: SpaceId) -> Result<Target, ArrivalError> {
         if usize::from(space.0) < self.disks_expected.load(Ordering::Acquire) {
             // The sender is this object, so the wait cannot fail while somebody waits on it.
             let _ = self.disk_gate.subscribe().wait_for(|&open| open).await;
@@ -359,6 +377,8 @@ impl Arrivals {
 enum Target {
     Disk(Arc<Filling>),
     Ram(Arc<RamIn>, usize),
+    /// The machine was refused.
+    Nowhere,
 }
 
 impl Target {
@@ -366,6 +386,7 @@ impl Target {
         let units = match self {
             Target::Disk(disk) => disk.units(),
             Target::Ram(ram, block) => ram.blocks().spaces[*block].info().units(),
+            Target::Nowhere => return Ok(()),
         };
         let fits = extent
             .start
@@ -395,6 +416,7 @@ impl Target {
                 .fill(*block, extent, content)
                 .await
                 .map_err(|source| ArrivalError::Ram { space, source }),
+            Target::Nowhere => Ok(()),
         }
     }
 }

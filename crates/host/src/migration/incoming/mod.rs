@@ -145,6 +145,7 @@ impl Incoming {
 
     /// A migration that was over before this daemon: only to answer what became of it.
     pub fn resume(&mut self, destination: Destination) {
+        self.setup.arrivals.refuse();
         self.switch = destination;
         self.known = true;
     }
@@ -586,6 +587,7 @@ impl Incoming {
     async fn clean_up(&mut self) {
         self.requests = None;
         self.tasks.clear();
+        self.setup.arrivals.refuse();
         self.setup.arrivals.set_disks(Vec::new());
         if let Some(running) = self.running.take() {
             running.kill().await;

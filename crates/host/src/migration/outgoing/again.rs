@@ -28,8 +28,13 @@ impl Outgoing {
         let mut outgoing = Outgoing::new(setup);
         outgoing.taken_up = true;
         match source.phase() {
-            Phase::Drain => outgoing.todo.push_back(Action::Drain),
+            // Also while the answer to the grant is unknown: a destination that has accepted may need memory
+            // to load the device state, and answers only when its guest runs. One that has not keeps what
+            // comes waiting, and throws it away when it refuses.
+            Phase::Grant | Phase::Drain => outgoing.todo.push_back(Action::Drain),
             Phase::Complete => outgoing.todo.push_back(Action::Finish(Phase::Complete)),
+            // Only to be told of: what was to be done has been.
+            phase @ (Phase::Cancel | Phase::Rewind) => outgoing.over = Some(phase),
             _ => {}
         }
         let spaces = outgoing.setup.flow.infos();
