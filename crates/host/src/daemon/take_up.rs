@@ -44,10 +44,11 @@ fn damaged(what: impl ToString) -> ApiError {
 impl Daemon {
     /// Takes up what an earlier daemon left.
     pub(super) async fn take_up(self: &Arc<Self>) {
+        let mut kept = Vec::new();
         match self.host.state.migrations() {
             Ok(listing) => {
                 for id in listing.records {
-                    if let Err(error) = self.take_up_migration(&id).await {
+                    if let Err(error) = self.take_up_migration(&id, &mut kept).await {
                         tracing::error!(migration = %id, %error, "a migration cannot be taken up");
                     }
                 }
@@ -80,6 +81,13 @@ impl Daemon {
                     }
                 };
             }
+            if let Some(running) = running.as_ref().filter(|_| kept.contains(&name)) {
+                // Only now: a QEMU that was stopping waits for its disks, and answers nobody meanwhile.
+                let socket = self.host.state.machine_folder(&name).join("ram-out.sock");
+                if let Err(error) = take_back(&running.qmp, &socket).await {
+                    tracing::error!(machine = %name, %error, "a guest that was stopped for a migration cannot be resumed");
+                }
+            }
             let machine = self.machines.insert(Machine::new(spec, runtime, running));
             machine.watch_end(&self.host).await;
         }
@@ -101,8 +109,13 @@ impl Daemon {
         Ok(running)
     }
 
-    /// What a migration's journal says of it, and what follows.
-    async fn take_up_migration(self: &Arc<Self>, id: &MigrationId) -> Result<(), ApiError> {
+    /// What a migration's journal says of it, and what follows. Machines whose guests are to be made to run
+    /// again here are added to `kept`.
+    async fn take_up_migration(
+        self: &Arc<Self>,
+        id: &MigrationId,
+        kept: &mut Vec<Name>,
+    ) -> Result<(), ApiError> {
         let folder = self.host.state.migration_folder(id);
         if is_over(&folder) {
             return Ok(());
@@ -113,7 +126,7 @@ impl Daemon {
             Some(Record::Preparing { .. } | Record::Refused { .. }) => {
                 self.take_up_incoming(id, &folder, journal).await
             }
-            Some(_) => self.take_up_outgoing(id, &folder, journal).await,
+            Some(_) => self.take_up_outgoing(id, &folder, journal, kept).await,
         }
     }
 
@@ -226,6 +239,7 @@ impl Daemon {
         id: &MigrationId,
         folder: &Path,
         mut journal: MigrationJournal,
+        kept: &mut Vec<Name>,
     ) -> Result<(), ApiError> {
         let (source, actions) = Source::recover(journal.records());
         for action in actions {
@@ -235,7 +249,7 @@ impl Daemon {
                     .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
                 Action::KeepGuest { epoch } => {
                     tracing::info!(migration = %id, %epoch, "an unfinished migration away from here is off");
-                    self.keep_leftover(id, folder, epoch).await?;
+                    kept.extend(self.keep_leftover(id, folder, epoch)?);
                 }
                 _ => {}
             }
@@ -431,13 +445,13 @@ impl Daemon {
         Ok(())
     }
 
-    /// The machine stays here, or came back: the records say so, and a guest that was stopped goes on.
-    async fn keep_leftover(
+    /// The machine stays here, or came back: the records say so. Which one, if it is still this host's.
+    fn keep_leftover(
         &self,
         id: &MigrationId,
         folder: &Path,
         epoch: Epoch,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Option<Name>, ApiError> {
         let name = named::<Name>(folder, "machine")?;
         let mut runtime = self.host.state.runtime(&name)?;
         let ours = match &runtime.ownership {
@@ -446,7 +460,7 @@ impl Daemon {
             Ownership::Arriving { .. } => false,
         };
         if !ours {
-            return Ok(());
+            return Ok(None);
         }
         runtime.epoch = epoch;
         runtime.ownership = Ownership::Local;
@@ -455,20 +469,7 @@ impl Daemon {
         for disk in &spec.disks {
             set_volume(&self.host, &disk.volume, epoch, Ownership::Local);
         }
-        let Some(process) = runtime.process.filter(QemuProcess::is_alive) else {
-            return Ok(());
-        };
-        let resumed = match whimbrel_qemu::qmp::Qmp::connect(&process.qmp).await {
-            Ok(qmp) => {
-                let socket = self.host.state.machine_folder(&name).join("ram-out.sock");
-                take_back(&qmp, &socket).await
-            }
-            Err(error) => Err(error),
-        };
-        if let Err(error) = resumed {
-            tracing::error!(machine = %name, %error, "a guest that was stopped for a migration cannot be resumed");
-        }
-        Ok(())
+        Ok(Some(name))
     }
 }
 

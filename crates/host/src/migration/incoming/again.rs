@@ -41,7 +41,7 @@ const NO_LAYOUT: &str =
 enum Guest {
     NeverRan,
     /// It lacks memory; its QEMU listens again, and holds these pages of each block.
-    Lacks(PostcopySink, Requests, Vec<UnitSet>),
+    Lacks(Box<PostcopySink>, Requests, Vec<UnitSet>),
     /// It lacks no memory, or needs none any more.
     Whole,
 }
@@ -142,7 +142,7 @@ impl Incoming {
             Guest::Lacks(sink, requests, received) => {
                 let layout = layout.ok_or(NO_LAYOUT)?;
                 let spaces = spaces_of(&layout, fillings.len(), received);
-                let ram = self.take_ram(spaces, RamSink::Postcopy(sink));
+                let ram = self.take_ram(spaces, RamSink::Postcopy(*sink));
                 self.pass_requests(ram.clone(), requests);
                 self.ram = Some(ram);
                 self.layout = Some(layout);
@@ -175,7 +175,7 @@ impl Incoming {
                     PostcopySink::recover(qmp, &self.ram_socket(), layout)
                         .await
                         .map_err(|e| format!("QEMU's post-copy cannot be taken up again: {e}"))?;
-                Ok(Guest::Lacks(sink, requests, received))
+                Ok(Guest::Lacks(Box::new(sink), requests, received))
             }
             other @ (DestinationState::Gone
             | DestinationState::Failed { .. }
