@@ -155,7 +155,7 @@ pub enum VolumeCommand {
     Import {
         /// The volume's name
         name: Name,
-        /// A file, or nbd://HOST[:PORT]/EXPORT, or nbd+unix:///EXPORT?socket=PATH
+        /// A file, or nbd://HOST/EXPORT (with :PORT), or nbd+unix:///EXPORT?socket=PATH
         from: String,
         /// The file's format [default: by its name, else raw]
         #[arg(long, value_enum)]

@@ -3,9 +3,9 @@
 //! On the async runtime nothing may wait for a disk, so a request that might wait goes to another thread:
 //! two wake-ups, which on a small request cost several times the request. A thread that has been lent has
 //! nobody else to serve. There small requests are done on the spot, and what must wait for a disk goes to
-//! a [ring](crate::ring) of the thread's own, whose completions the same thread collects.
+//! a ring of the thread's own, whose completions the same thread collects.
 //!
-//! How long such a thread can be held up is bounded for writes by [`Patience`](crate::raw): one that was
+//! How long such a thread can be held up is bounded for writes by `Patience`: one that was
 //! found slow sends the next ones to the pool. Reads never wait on it.
 
 use std::cell::Cell;

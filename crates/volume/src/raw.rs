@@ -1,22 +1,22 @@
 //! A raw volume: a sparse file, or a block device.
 //!
 //! # How it does I/O
-//! Buffered, through the page cache, unless it was opened to go [past it](direct): QEMU's own cache modes
+//! Buffered, through the page cache, unless it was opened to go past it: QEMU's own cache modes
 //! are kept by the flushes it sends. A read that the page cache can answer is done on the caller's thread
 //! (`preadv2` with `RWF_NOWAIT` fails with `EAGAIN` rather than wait for a disk); all else goes to the
-//! [pool](crate::pool), so that a slow or dead disk stalls its own requests and never the runtime. Writes
+//! pool, so that a slow or dead disk stalls its own requests and never the runtime. Writes
 //! try the same where the file system can (XFS, btrfs; ext4 refuses, and is not asked again). Writes that
 //! go to the pool are done by one of its threads at a time per volume: a file system lets only one writer
 //! into a file anyway, and eight threads queueing for its lock were measured to cost more than the writing.
 //!
-//! On a [lent](crate::lent) thread, which serves one client and no runtime of others, reads that must wait
-//! go to the thread's [ring](crate::ring), and writes into the page cache are done on the spot, as far as
-//! its [patience] goes.
+//! On a lent thread, which serves one client and no runtime of others, reads that must wait
+//! go to the thread's ring, and writes into the page cache are done on the spot, as far as
+//! its patience goes.
 //!
 //! # Traps
 //! - Requests in flight together are not ordered. As on a disk, whoever needs an order awaits the first.
 //! - A future dropped half way leaves its request running: the bytes may still be written.
-//! - After one failed sync every later one fails, see [`VolumeError::SyncLost`].
+//! - After one failed sync every later one fails, see `VolumeError::SyncLost`.
 
 mod direct;
 mod patience;

@@ -1,7 +1,7 @@
 //! What the guests read and write of their volumes: logged always, kept over restarts.
 //!
 //! Each volume that was served since the daemon started has its log here, and keeps it while machines come
-//! and go. Every [`EVERY`] what changed is written to `heat` in the volume's folder, replaced whole; a
+//! and go. Every `EVERY` what changed is written to `heat` in the volume's folder, replaced whole; a
 //! crash loses that much of a hint. After every [`HALF_LIFE`] all counters are halved. Time in which no
 //! daemon runs does not count.
 

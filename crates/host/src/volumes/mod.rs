@@ -2,12 +2,12 @@
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`claims`] | whoever works on a volume has it alone |
-//! | [`make`] | a new volume: empty, or a device adopted as it is |
-//! | [`bring`], [`nbd`], [`convert`] | a volume from an image, a disk behind a URI, a format only QEMU reads |
-//! | [`take`] | a volume's content as a file or as another volume |
-//! | [`resize`], [`check`] | what their names say |
-//! | [`heat`], [`picture`] | what the guest reads and writes, kept; and shown with what is here |
+//! | `claims` | whoever works on a volume has it alone |
+//! | `make` | a new volume: empty, or a device adopted as it is |
+//! | `bring`, `nbd`, `convert` | a volume from an image, a disk behind a URI, a format only QEMU reads |
+//! | `take` | a volume's content as a file or as another volume |
+//! | `resize`, `check` | what their names say |
+//! | `heat`, `picture` | what the guest reads and writes, kept; and shown with what is here |
 //!
 //! Everything new is made under a draft's name, made durable, and only then named: whoever is killed or
 //! cancelled half-way leaves no volume and no file under the name that was asked for.

@@ -1,8 +1,8 @@
 //! A disk in a qcow2 image with its backing files, or (to read) in a flat VMDK.
 //!
 //! The format is `imago`'s work; what is added here is what a volume is trusted for: writes reach the disk
-//! in an order that a power cut cannot hurt ([`ordered`](super::ordered)), an image that was not closed has
-//! its reference counts made anew before it is written ([`tree`](super::tree)), what cannot be written
+//! in an order that a power cut cannot hurt (`ordered`), an image that was not closed has
+//! its reference counts made anew before it is written (`tree`), what cannot be written
 //! safely is refused when it is opened, two writers keep out of each other's way by a lock, and room that a
 //! guest gives back goes back to the file system.
 //!
