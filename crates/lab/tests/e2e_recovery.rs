@@ -166,26 +166,25 @@ fn killed_around_the_switchover(kills: &[(bool, u64)]) {
     scene.verified_on(at, &mut guest);
 }
 
-#[test]
-#[ignore = "being tried out: run it with the one below"]
-fn a_daemon_killed_around_the_switchover() {
-    if !can_run() {
-        return;
-    }
-    killed_around_the_switchover(&[(false, 220), (true, 200)]);
-}
+/// Moments from the order to switch until well into the drain, in milliseconds.
+const MOMENTS: [u64; 13] = [
+    0, 100, 150, 180, 200, 220, 240, 260, 280, 300, 330, 360, 400,
+];
 
 #[test]
 #[ignore = "takes minutes"]
-fn daemons_killed_around_the_switchover_many_times() {
+fn destination_daemon_killed_around_the_switchover_many_times() {
     if !can_run() {
         return;
     }
-    let moments = [
-        0, 100, 150, 180, 200, 220, 240, 260, 280, 300, 330, 360, 400,
-    ];
-    for side in [true, false] {
-        let kills: Vec<_> = moments.map(|ms| (side, ms)).into();
-        killed_around_the_switchover(&kills);
+    killed_around_the_switchover(&MOMENTS.map(|ms| (false, ms)));
+}
+
+#[test]
+#[ignore = "takes minutes, and fails: QEMU does not resume a guest whose daemon dies between its stop and its device state"]
+fn source_daemon_killed_around_the_switchover_many_times() {
+    if !can_run() {
+        return;
     }
+    killed_around_the_switchover(&MOMENTS.map(|ms| (true, ms)));
 }

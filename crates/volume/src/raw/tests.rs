@@ -1,6 +1,7 @@
 //! Raw volumes on a real file system.
 
 use super::*;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::pool::PoolSize;
 use proptest::prelude::*;
 
@@ -193,7 +194,7 @@ impl Way {
     fn run<F: Future<Output = ()>>(self, test: impl FnOnce() -> F + Send) {
         let lent = matches!(self, Way::LentBuffered | Way::LentDirect);
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            let thread = scope.spawn(move || {
                 let mut runtime = tokio::runtime::Builder::new_current_thread();
                 if lent {
                     lent::lend_this_thread();
@@ -202,6 +203,8 @@ impl Way {
                 }
                 runtime.enable_all().build().unwrap().block_on(test());
             });
+            // The scope's own end does not wait for the thread's locals, the ring, to be dropped.
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         });
     }
 
@@ -328,7 +331,8 @@ fn a_thread_that_ends_with_requests_under_way_waits_for_them() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let made = path.clone();
-    Way::LentDirect.run(async move || {
+    let by_the_ring = AtomicBool::new(false);
+    Way::LentDirect.run(async || {
         let pool = Pool::start(PoolSize::default()).unwrap();
         RawFile::create(&pool, &made, MIB).await.unwrap();
         let file = RawFile::open_direct(&pool, &made, Access::ReadWrite)
@@ -341,8 +345,14 @@ fn a_thread_that_ends_with_requests_under_way_waits_for_them() {
             assert!(poll_once(write.as_mut()).is_pending());
         }
         tokio::task::yield_now().await;
+        by_the_ring.store(crate::ring::is_running(), Relaxed);
     });
-    assert_eq!(std::fs::read(path).unwrap()[..409_600], vec![7; 409_600]);
+    if !by_the_ring.load(Relaxed) {
+        eprintln!("skipped: this system has no io_uring, or refuses it");
+        return;
+    }
+    let written = std::fs::read(path).unwrap();
+    assert!(written[..409_600].iter().all(|&byte| byte == 7));
 }
 
 fn poll_once<F: Future>(future: Pin<&mut F>) -> std::task::Poll<F::Output> {

@@ -148,6 +148,12 @@ fn start() -> State {
     }
 }
 
+/// Whether this thread has a ring.
+#[cfg(test)]
+pub(crate) fn is_running() -> bool {
+    RING.with_borrow(|state| matches!(state, State::Running(_)))
+}
+
 async fn drive(fd: AsyncFd<OwnedFd>) {
     std::future::poll_fn(|cx| RING.with_borrow_mut(|state| turn(state, &fd, cx))).await
 }
