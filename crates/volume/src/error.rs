@@ -176,6 +176,26 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// Refuses a range that is not within a volume of `size` bytes.
+    pub(crate) fn test_range(
+        path: &Path,
+        op: Operation,
+        offset: u64,
+        len: u64,
+        size: u64,
+    ) -> Result<(), Self> {
+        if offset.checked_add(len).is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        Err(VolumeError::OutOfRange {
+            path: path.to_owned(),
+            op,
+            offset,
+            len,
+            size,
+        })
+    }
+
     /// An I/O error with its place; out-of-space errors become [`NoSpace`](Self::NoSpace).
     pub fn io(path: &Path, op: Operation, offset: u64, len: u64, source: io::Error) -> Self {
         let path = path.to_owned();

@@ -302,47 +302,24 @@ impl RawFile {
     /// Makes the range read as zeroes: a hole, or allocated zeroes where `no_hole` is set, if need be by
     /// writing them.
     pub async fn write_zeroes(&self, offset: u64, len: u64, how: Zeroes) -> Result<()> {
-        self.inner.test(Operation::WriteZeroes, offset, len)?;
-        if let Some(direct) = &self.inner.direct {
-            let op = Operation::WriteZeroes;
-            return self.zero_direct(direct, op, offset, len, how).await;
-        }
-        let inner = Arc::clone(&self.inner);
-        // A lane for what may take long: where zeroes must be written, this can be gigabytes.
-        let lane = if len <= 32 << 20 {
-            Lane::Quick
-        } else {
-            Lane::Slow
-        };
-        self.pool
-            .run(lane, move || {
-                inner.zero(Operation::WriteZeroes, offset, len, how)
-            })
-            .await?
+        self.zero(Operation::WriteZeroes, offset, len, how).await
     }
 
     /// Gives the range's room back; it reads as zeroes. Zeroes are written where the file system cannot
     /// punch holes, so that what is read afterwards is the same everywhere.
     pub async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        self.inner.test(Operation::Discard, offset, len)?;
+        let how = Zeroes::default();
+        self.zero(Operation::Discard, offset, len, how).await
+    }
+
+    async fn zero(&self, op: Operation, offset: u64, len: u64, how: Zeroes) -> Result<()> {
+        self.inner.test(op, offset, len)?;
         if let Some(direct) = &self.inner.direct {
-            let how = Zeroes::default();
-            return self
-                .zero_direct(direct, Operation::Discard, offset, len, how)
-                .await;
+            return self.zero_direct(direct, op, offset, len, how).await;
         }
         let inner = Arc::clone(&self.inner);
-        let lane = if len <= 32 << 20 {
-            Lane::Quick
-        } else {
-            Lane::Slow
-        };
-        let how = Zeroes::default();
-        self.pool
-            .run(lane, move || {
-                inner.zero(Operation::Discard, offset, len, how)
-            })
-            .await?
+        let zero = move || inner.zero(op, offset, len, how);
+        self.pool.run(lane_of_zeroes(len), zero).await?
     }
 
     /// Makes everything written before the call durable. Concurrent callers share.
@@ -426,6 +403,15 @@ impl DataSync for RawFile {
     }
 }
 
+/// A lane for what may take long: where zeroes must be written, this can be gigabytes.
+fn lane_of_zeroes(len: u64) -> Lane {
+    if len <= 32 << 20 {
+        Lane::Quick
+    } else {
+        Lane::Slow
+    }
+}
+
 fn inline_most() -> usize {
     if lent::is_lent() { INLINE_LENT } else { INLINE }
 }
@@ -488,16 +474,7 @@ impl Inner {
     }
 
     fn test(&self, op: Operation, offset: u64, len: u64) -> Result<()> {
-        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
-            return Ok(());
-        }
-        Err(VolumeError::OutOfRange {
-            path: self.path.clone(),
-            op,
-            offset,
-            len,
-            size: self.size,
-        })
+        VolumeError::test_range(&self.path, op, offset, len, self.size)
     }
 
     /// Bytes read without waiting, from the start; errors are left to the blocking way to find again.

@@ -44,7 +44,8 @@ pub struct Heat {
 }
 
 impl Heat {
-    fn open(file: PathBuf, size: u64) -> Heat {
+    /// The log of a volume of `size` bytes, going on from its file if there is one.
+    pub fn open(file: PathBuf, size: u64) -> Heat {
         let heat = Heat {
             log: AccessLog::new(size, RING),
             since: Instant::now(),

@@ -128,16 +128,8 @@ impl Device {
 
     /// All of it holds data, as far as anybody can tell.
     pub fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
-        let size = self.raw.size();
-        if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(VolumeError::OutOfRange {
-                path: self.raw.path().to_path_buf(),
-                op: Operation::FindData,
-                offset,
-                len,
-                size,
-            });
-        }
+        let (path, size) = (self.raw.path(), self.raw.size());
+        VolumeError::test_range(path, Operation::FindData, offset, len, size)?;
         let all = DataExtent {
             offset,
             len,

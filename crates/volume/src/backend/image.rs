@@ -322,16 +322,7 @@ impl Inner {
     }
 
     fn test(&self, op: Operation, offset: u64, len: u64) -> Result<()> {
-        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
-            return Ok(());
-        }
-        Err(VolumeError::OutOfRange {
-            path: self.path.clone(),
-            op,
-            offset,
-            len,
-            size: self.size,
-        })
+        VolumeError::test_range(&self.path, op, offset, len, self.size)
     }
 
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>> {

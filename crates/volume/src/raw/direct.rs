@@ -25,11 +25,10 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
 
-use super::{Access, Inner, RawFile, Result, Zeroes, size_of};
+use super::{Access, Inner, RawFile, Result, Zeroes, lane_of_zeroes, size_of};
 use crate::buffers::ALIGN;
 use crate::pool::{Lane, Pool};
-use crate::ring::{self, NotTaken};
-use crate::{Operation, VolumeError, lent};
+use crate::{Operation, VolumeError, lent, ring};
 
 /// A page of the page cache: what is zeroed by the file system touches no part of one.
 const PAGE: u64 = 4096;
@@ -137,20 +136,17 @@ impl RawFile {
         bytes: Bytes,
         shared: OwnedRwLockReadGuard<()>,
     ) -> Result<()> {
-        let mut shared = Some(shared);
+        // Shared with the ring, which may be at it when nobody waits here any more.
+        let shared = Arc::new(shared);
         if lent::is_lent() {
-            match ring::write(&direct.file, offset, bytes.clone(), shared.take()) {
-                Ok(finished) => {
-                    if let Ok((Ok(done), _)) = finished.await
-                        && done == bytes.len()
-                    {
-                        return Ok(());
-                    }
-                    // Short, or an error: the pool does all of it again, and finds the error again.
-                    shared = Some(Arc::clone(&direct.gate).read_owned().await);
-                }
-                Err(NotTaken(_, back)) => shared = back,
+            let begun = ring::write(&direct.file, offset, bytes.clone(), Arc::clone(&shared));
+            if let Some(finished) = begun
+                && let Ok((Ok(done), _)) = finished.await
+                && done == bytes.len()
+            {
+                return Ok(());
             }
+            // Not taken, short, or an error: the pool does all of it, and finds the error again.
         }
         let (inner, file) = (Arc::clone(&self.inner), Arc::clone(&direct.file));
         let write = move || {
@@ -206,12 +202,7 @@ impl RawFile {
                 let _shared = shared;
                 inner.zero(op, whole.start, whole.end - whole.start, how)
             };
-            let lane = if len <= 32 << 20 {
-                Lane::Quick
-            } else {
-                Lane::Slow
-            };
-            self.pool.run(lane, zero).await??;
+            self.pool.run(lane_of_zeroes(len), zero).await??;
         }
         let edges = if middle.is_empty() {
             [(offset, end), (end, end)]

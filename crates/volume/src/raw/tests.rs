@@ -1,9 +1,9 @@
 //! Raw volumes on a real file system.
 
 use super::*;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::pool::PoolSize;
 use proptest::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 const MIB: u64 = 1 << 20;
 
@@ -204,7 +204,9 @@ impl Way {
                 runtime.enable_all().build().unwrap().block_on(test());
             });
             // The scope's own end does not wait for the thread's locals, the ring, to be dropped.
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         });
     }
 

@@ -38,14 +38,14 @@ use crate::lent;
 use kernel::{Content, Kernel, Op};
 
 /// Held until a request is done, whoever still waits for it.
-pub(crate) type Hold = Option<tokio::sync::OwnedRwLockReadGuard<()>>;
+pub(crate) type Hold = Arc<tokio::sync::OwnedRwLockReadGuard<()>>;
 
 /// How a request ended: bytes done, and the buffer if it was a read.
 pub(crate) type Finished = (io::Result<usize>, Option<Buffer>);
 
 struct Tag {
     done: oneshot::Sender<Finished>,
-    hold: Hold,
+    _hold: Option<Hold>,
 }
 
 struct Ring {
@@ -64,9 +64,6 @@ std::thread_local! {
     static RING: RefCell<State> = const { RefCell::new(State::Untried) };
 }
 
-/// A request that this thread's ring did not take.
-pub(crate) struct NotTaken<T>(pub T, pub Hold);
-
 /// Reads into the buffer from its byte `from` on, which is at `offset` in the file.
 pub(crate) fn read(
     file: &Arc<File>,
@@ -80,31 +77,28 @@ pub(crate) fn read(
     })
 }
 
-/// Writes the bytes. `hold` is given up when that is done.
+/// Writes the bytes. `hold` is given up when that is done. `None`: this thread's ring did not take it.
 pub(crate) fn write(
     file: &Arc<File>,
     offset: u64,
     bytes: Bytes,
     hold: Hold,
-) -> Result<oneshot::Receiver<Finished>, NotTaken<Bytes>> {
-    submit(file, offset, Content::From(bytes), hold).map_err(|op| match op.content {
-        Content::From(bytes) => NotTaken(bytes, op.tag.hold),
-        Content::Into { .. } => unreachable!("a write comes back as one"),
-    })
+) -> Option<oneshot::Receiver<Finished>> {
+    submit(file, offset, Content::From(bytes), Some(hold)).ok()
 }
 
 fn submit(
     file: &Arc<File>,
     offset: u64,
     content: Content,
-    hold: Hold,
+    hold: Option<Hold>,
 ) -> Result<oneshot::Receiver<Finished>, Op<Tag>> {
     let (done, finished) = oneshot::channel();
     let op = Op {
         file: Arc::clone(file),
         offset,
         content,
-        tag: Tag { done, hold },
+        tag: Tag { done, _hold: hold },
     };
     RING.with_borrow_mut(|state| {
         if let State::Untried = state {

@@ -5,24 +5,17 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
 
-use bytes::Bytes;
 use clap::{Args, ValueEnum};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use whimbrel_host::disk::{Disk, Mode};
-use whimbrel_nbd::{
-    Directory, Errno, Export, ExportInfo, Limits, OpenError, Server, StatusRun, ZeroHow,
-};
-use whimbrel_volume::heat::{AccessKind, AccessLog};
+use whimbrel_host::volumes::heat::Heat;
+use whimbrel_nbd::{Directory, Limits, OpenError, Server};
 use whimbrel_volume::pool::{Pool, PoolSize};
 use whimbrel_volume::raw::{Access, RawFile};
 
 use super::BenchError;
-
-/// Accesses that the log remembers.
-const RING: usize = 64 << 10;
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -72,13 +65,11 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
         RawFile::open(&pool, &args.disk, Access::ReadWrite).await?
     };
     let size = file.size();
-    let disk = Disk::new("bench".into(), size, Arc::new(file.into()), Mode::Open);
-    let log = (args.access_log == Switch::On).then(|| AccessLog::new(size, RING));
-    let shelf = Shelf(Arc::new(Logged {
-        disk,
-        log,
-        since: Instant::now(),
-    }));
+    let mut disk = Disk::new("bench".into(), size, Arc::new(file.into()), Mode::Open);
+    if args.access_log == Switch::On {
+        disk = disk.watched(Arc::new(Heat::open(args.disk.with_extension("heat"), size)));
+    }
+    let shelf = Shelf(Arc::new(disk));
     let mut terminate =
         tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).map_err(here)?;
     let listener = UnixListener::bind(&args.socket).map_err(here)?;
@@ -95,16 +86,16 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
 }
 
 /// A directory of one, under any name.
-struct Shelf(Arc<Logged>);
+struct Shelf(Arc<Disk>);
 
 impl Directory for Shelf {
-    type Export = Logged;
+    type Export = Disk;
 
     fn list(&self) -> Vec<String> {
-        vec![self.0.disk.name().to_owned()]
+        vec![self.0.name().to_owned()]
     }
 
-    fn open(&self, _name: &str) -> Result<Arc<Logged>, OpenError> {
+    fn open(&self, _name: &str) -> Result<Arc<Disk>, OpenError> {
         Ok(self.0.clone())
     }
 
@@ -112,63 +103,5 @@ impl Directory for Shelf {
 
     fn thread_started(&self) {
         whimbrel_volume::lent::lend_this_thread();
-    }
-}
-
-/// A disk, and the log of what is done to it.
-struct Logged {
-    disk: Disk,
-    log: Option<AccessLog>,
-    since: Instant,
-}
-
-impl Logged {
-    fn note(&self, kind: AccessKind, offset: u64, len: u64) {
-        if let Some(log) = &self.log {
-            let now = self.since.elapsed().as_millis() as u32;
-            log.log(now, kind, offset, len);
-        }
-    }
-}
-
-impl Export for Logged {
-    fn info(&self) -> ExportInfo {
-        self.disk.info()
-    }
-
-    async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
-        self.note(AccessKind::Read, offset, len.into());
-        self.disk.read(offset, len).await
-    }
-
-    async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
-        self.note(AccessKind::Write, offset, data.len() as u64);
-        self.disk.write(offset, data, fua).await
-    }
-
-    async fn flush(&self) -> Result<(), Errno> {
-        self.disk.flush().await
-    }
-
-    async fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
-        self.disk.trim(offset, len, fua).await
-    }
-
-    async fn write_zeroes(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
-        self.disk.write_zeroes(offset, len, how).await
-    }
-
-    async fn cache(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.disk.cache(offset, len).await
-    }
-
-    async fn block_status(
-        &self,
-        context: &str,
-        offset: u64,
-        len: u64,
-        one: bool,
-    ) -> Result<Vec<StatusRun>, Errno> {
-        self.disk.block_status(context, offset, len, one).await
     }
 }

@@ -20,6 +20,43 @@ pub struct Load {
     pub connections: u32,
     /// The servers keep out of the page cache, as far as they can.
     pub direct: bool,
+    pub cores: Cores,
+}
+
+/// Where client and server run. With one request at a time nearly all of a request is the two waking each
+/// other, and that costs several times more from core to core than on one. Left to itself the kernel's
+/// scheduler now places them together and now apart; held in place, servers can be told from luck.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cores {
+    /// Wherever the scheduler puts them.
+    Any,
+    /// Both on core 0.
+    One,
+    /// The client on core 0, the server on core 1.
+    Apart,
+}
+
+impl Cores {
+    pub fn of_client(self) -> Option<&'static str> {
+        (self != Cores::Any).then_some("0")
+    }
+
+    pub fn of_server(self) -> Option<&'static str> {
+        match self {
+            Cores::Any => None,
+            Cores::One => Some("0"),
+            Cores::Apart => Some("1"),
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Cores::Any => "",
+            Cores::One => " one core",
+            Cores::Apart => " two cores",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -74,15 +111,19 @@ impl Load {
         let mut loads = Vec::new();
         for direct in [false, true] {
             for (access, block, queue) in kinds {
-                for connections in [1, 4] {
-                    loads.push(Load {
-                        access,
-                        block,
-                        queue,
-                        connections,
-                        direct,
-                    });
+                let load = |connections, cores| Load {
+                    access,
+                    block,
+                    queue,
+                    connections,
+                    direct,
+                    cores,
+                };
+                loads.push(load(1, Cores::Any));
+                if queue == 1 {
+                    loads.extend([load(1, Cores::One), load(1, Cores::Apart)]);
                 }
+                loads.push(load(4, Cores::Any));
             }
         }
         loads
@@ -90,12 +131,13 @@ impl Load {
 
     pub fn name(&self) -> String {
         format!(
-            "{} {}k {} q{} x{}",
+            "{} {}k {} q{} x{}{}",
             if self.direct { "direct" } else { "cache" },
             self.block >> 10,
             self.access.word(),
             self.queue,
-            self.connections
+            self.connections,
+            self.cores.word()
         )
     }
 }
@@ -114,7 +156,14 @@ pub struct Figures {
 
 /// Runs the load once against the export on `socket`, for `time`.
 pub fn run(load: &Load, socket: &Path, time: Duration, seed: u32) -> Result<Figures, BenchError> {
-    let mut fio = Command::new("fio");
+    let mut fio = match load.cores.of_client() {
+        None => Command::new("fio"),
+        Some(core) => {
+            let mut held = Command::new("taskset");
+            held.args(["-c", core, "fio"]);
+            held
+        }
+    };
     fio.args(["--name=row", "--ioengine=nbd", "--output-format=json"])
         .args(["--norandommap", "--group_reporting", "--time_based"])
         .args(load.access.fio())
@@ -193,9 +242,9 @@ mod tests {
     #[test]
     fn the_table_has_every_row_once() {
         let mut names: Vec<_> = Load::all().iter().map(Load::name).collect();
-        assert_eq!(names.len(), 28);
+        assert_eq!(names.len(), 36);
         names.sort();
         names.dedup();
-        assert_eq!(names.len(), 28);
+        assert_eq!(names.len(), 36);
     }
 }

@@ -82,6 +82,8 @@ pub enum BenchError {
     },
     #[error("/proc tells nothing of the server's {what}")]
     Proc { what: &'static str },
+    #[error("the server cannot be held on cores {cores} (taskset): {stderr}")]
+    NotHeld { cores: String, stderr: String },
     #[error(transparent)]
     Lab(#[from] LabError),
     #[error(transparent)]
@@ -240,6 +242,7 @@ impl Bench<'_> {
             self.servers.insert(key.clone(), server);
         }
         let server = &self.servers[&key];
+        server.hold(load.cores.of_server())?;
         if !load.direct {
             self.disk.warm()?;
         }

@@ -1,7 +1,7 @@
 //! The servers that are compared, each a process of its own, and what they cost.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::param::clock_ticks_per_second;
@@ -117,6 +117,25 @@ impl Server {
 
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Runs on these cores from now on; on all, if none are named.
+    pub fn hold(&self, cores: Option<&str>) -> Result<(), BenchError> {
+        // The kernel leaves out those the machine does not have.
+        let cores = cores.unwrap_or("0-1023");
+        let held = Command::new("taskset")
+            .args(["--all-tasks", "--cpu-list", "--pid", cores])
+            .arg(self.process.pid().to_string())
+            .stdin(Stdio::null())
+            .output()
+            .map_err(BenchError::Client)?;
+        if held.status.success() {
+            return Ok(());
+        }
+        Err(BenchError::NotHeld {
+            cores: cores.to_owned(),
+            stderr: String::from_utf8_lossy(&held.stderr).into_owned(),
+        })
     }
 
     /// Runs `work` and tells what the server spent on it.
