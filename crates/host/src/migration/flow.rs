@@ -8,8 +8,7 @@ use tokio::sync::{Notify, watch};
 use whimbrel_engine::outflow::{Batch, Class as CopyClass, Outflow, Tally};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
-use whimbrel_qemu::paused::PausedRam;
-use whimbrel_qemu::store::RamStore;
+use whimbrel_qemu::content::RamContent;
 use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
@@ -24,15 +23,7 @@ const MAX_ZERO_ANSWERS: usize = 4096;
 #[derive(Clone)]
 pub enum Content {
     Disk(Arc<Backend>),
-    Ram {
-        store: Arc<RamStore>,
-        block: usize,
-    },
-    /// The memory of a stopped QEMU, after the daemon that had a copy of it died.
-    Paused {
-        ram: Arc<PausedRam>,
-        block: usize,
-    },
+    Ram { ram: RamContent, block: usize },
 }
 
 /// Content that could not be read at the source.
@@ -280,29 +271,22 @@ impl Flow {
         let mut whole = Vec::new();
         let mut single = None;
         match content {
-            Content::Ram { store, block } => {
+            Content::Ram { ram, block } => {
                 whole.reserve((batch.units() * UNIT) as usize);
                 for run in &batch.runs {
                     let before = whole.len();
                     loop {
-                        match store.read(block, run.start, run.len, &mut whole) {
+                        match ram.read(block, run.start, run.len, &mut whole) {
                             Ok(()) => break,
                             // The guest was stopped after the batch was taken (pre-copy): QEMU sends
                             // these pages once more, within milliseconds, and only those count.
                             Err(whimbrel_qemu::Error::NotCurrent { .. }) => {
                                 whole.truncate(before);
-                                store.wait_current(block, *run).await;
+                                ram.wait_current(block, *run).await;
                             }
                             Err(source) => return Err(FlowError::Ram { space, source }),
                         }
                     }
-                }
-            }
-            Content::Paused { ram, block } => {
-                whole.reserve((batch.units() * UNIT) as usize);
-                for run in &batch.runs {
-                    ram.read(block, run.start, run.len, &mut whole)
-                        .map_err(|source| FlowError::Ram { space, source })?;
                 }
             }
             Content::Disk(file) => {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{Action, Phase, Source};
+use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::paused::PausedRam;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::stream::StreamLayout;
@@ -86,7 +87,7 @@ pub async fn offer_again(
         _ => Err("its process is gone".to_string()),
     };
     let ram = match opened {
-        Ok(ram) => ram,
+        Ok(ram) => RamContent::Paused(ram),
         Err(why) => {
             board.tell(format!(
                 "the guest's memory at the source is lost ({why}); what of it has not arrived will be missed"
@@ -103,10 +104,15 @@ pub async fn offer_again(
             len: b.len,
         };
         let units = info.units();
-        let store = ram.clone();
-        flow.add(info, Content::Paused { ram: store, block });
-        let (reader, found) = (ram.clone(), units);
-        let live = tokio::task::spawn_blocking(move || content_of(&reader, block, found)).await;
+        let reader = ram.clone();
+        flow.add(
+            info,
+            Content::Ram {
+                ram: ram.clone(),
+                block,
+            },
+        );
+        let live = tokio::task::spawn_blocking(move || content_of(&reader, block, units)).await;
         match live {
             Ok(Ok(live)) => flow.change(|out| out.offer_set(space, &live)),
             Ok(Err(error)) => {
@@ -121,7 +127,7 @@ pub async fn offer_again(
 }
 
 /// The pages that are not zero.
-fn content_of(ram: &PausedRam, block: usize, units: u64) -> Result<UnitSet, whimbrel_qemu::Error> {
+fn content_of(ram: &RamContent, block: usize, units: u64) -> Result<UnitSet, whimbrel_qemu::Error> {
     let mut live = UnitSet::empty(units);
     let mut bytes = Vec::new();
     let mut at = 0;

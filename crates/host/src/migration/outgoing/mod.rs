@@ -21,6 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind};
 use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, SourceEvent};
 use whimbrel_peer::pace::Pace;
+use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::source::{Handover, RamSource, SourceEvent as RamEvent, SourceOptions};
 use whimbrel_wire::message::{
@@ -591,8 +592,8 @@ impl Outgoing {
                         name: b.name.clone(),
                         len: b.len,
                     };
-                    let store = ram.store().clone();
-                    self.setup.flow.add(info, Content::Ram { store, block });
+                    let ram = RamContent::Store(ram.store().clone());
+                    self.setup.flow.add(info, Content::Ram { ram, block });
                 }
                 if let Err(error) = save_layout(&self.folder(), ram.layout()) {
                     // Only a restarted daemon would miss it.
