@@ -13,6 +13,7 @@ use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::paused::PausedRam;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::stream::StreamLayout;
+use whimbrel_volume::backend::is_zero;
 
 use super::stop::look_through;
 use super::{Outgoing, Setup};
@@ -136,7 +137,7 @@ fn content_of(ram: &RamContent, block: usize, units: u64) -> Result<UnitSet, whi
         bytes.clear();
         ram.read(block, at, len, &mut bytes)?;
         for (n, page) in bytes.chunks(UNIT as usize).enumerate() {
-            if page.iter().any(|&byte| byte != 0) {
+            if !is_zero(page) {
                 live.insert(Extent::unit(at + n as u64));
             }
         }
