@@ -66,26 +66,15 @@ impl Departure {
     /// Starts with a connection that was dialled already, so that the first failure is an error to whoever
     /// asked for the migration.
     pub fn start(first: Connection, gear: Gear) -> Self {
-        let (sender, events) = mpsc::channel(EVENTS);
-        let departure = Departure {
-            mouth: Mouth::default(),
-            pulse: Arc::new(Pulse::default()),
-            events,
-            stop: CancellationToken::new(),
-        };
-        let life = Life {
-            governor: Arc::new(Governor::under(&gear.pace)),
-            gear,
-            mouth: departure.mouth.clone(),
-            pulse: departure.pulse.clone(),
-            events: sender,
-        };
-        tokio::spawn(run(Some(first), life, departure.stop.clone()));
-        departure
+        Self::begin(Some(first), gear)
     }
 
-    /// As [`start`](Self::start), for a migration that a restarted daemon takes up again.
+    /// Starts by dialling: for a migration that a restarted daemon takes up again.
     pub fn redial(gear: Gear) -> Self {
+        Self::begin(None, gear)
+    }
+
+    fn begin(first: Option<Connection>, gear: Gear) -> Self {
         let (sender, events) = mpsc::channel(EVENTS);
         let departure = Departure {
             mouth: Mouth::default(),
@@ -100,7 +89,7 @@ impl Departure {
             pulse: departure.pulse.clone(),
             events: sender,
         };
-        tokio::spawn(run(None, life, departure.stop.clone()));
+        tokio::spawn(run(first, life, departure.stop.clone()));
         departure
     }
 }
