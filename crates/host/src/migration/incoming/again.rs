@@ -22,17 +22,13 @@ use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
 use whimbrel_qemu::stream::{RamBlock, StreamLayout};
 
 use super::Incoming;
-use crate::api::types::MigrationState;
 use crate::disk::{Disk, Filling, Mode};
 use crate::host::Host;
 use crate::machine::reattach;
-use crate::machines::Machine;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan};
 use crate::migration::record::read_layout;
-use crate::state::{
-    MachineRuntime, MachineSpec, Name, Ownership, QemuProcess, Timestamp, start_ticks,
-};
+use crate::state::{MachineSpec, Name, QemuProcess, Timestamp, start_ticks};
 
 const NO_LAYOUT: &str =
     "what the machine's memory looks like was not kept, so its post-copy cannot be gone on with";
@@ -127,7 +123,6 @@ impl Incoming {
             }
         };
         self.running = running;
-        self.process = process.clone();
         match guest {
             Guest::NeverRan => {
                 // The journals go with the volumes: nobody may hold them.
@@ -159,7 +154,7 @@ impl Incoming {
         }
         self.setup.arrivals.set_disks(fillings);
         self.setup.arrivals.open_ram();
-        self.settle_again(spec, process).await;
+        self.settle().await;
         self.event(DestinationEvent::Running);
         Ok(())
     }
@@ -196,32 +191,6 @@ impl Incoming {
                 ram.request(block, extent);
             }
         })));
-    }
-
-    /// As [`settle`](Self::settle), for a guest that was found running.
-    async fn settle_again(&mut self, spec: MachineSpec, process: Option<QemuProcess>) {
-        let runtime = MachineRuntime {
-            epoch: self.switch.epoch(),
-            ownership: Ownership::Arriving {
-                migration: self.setup.migration.clone(),
-            },
-            process,
-        };
-        if let Some(landing) = &self.landing
-            && let Err(error) = landing.plan().accept(&self.setup.host, &runtime)
-        {
-            self.setup.board.tell(format!(
-                "the machine's records cannot be written ({error}); the migration's journal says that it is here"
-            ));
-        }
-        let machine = Machine::new(spec, runtime, self.running.take());
-        let machine = self.setup.machines.insert(machine);
-        machine.watch_end(&self.setup.host).await;
-        machine.lock().await.migration = Some(self.setup.migration.clone());
-        self.machine = Some(machine);
-        self.setup.board.state(MigrationState::Running);
-        self.watch_ram();
-        self.watch_disks();
     }
 }
 

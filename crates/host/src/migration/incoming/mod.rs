@@ -328,7 +328,7 @@ impl Incoming {
             Action::Journal(record) => self.journal(record),
             Action::Send(say) => self.say(say).await,
             Action::MakeReady => self.make_ready().await,
-            Action::RunGuest { epoch } => self.run_guest(epoch).await,
+            Action::RunGuest { .. } => self.run_guest().await,
             Action::CleanUp => self.clean_up().await,
             Action::Finish(phase) => self.finish(phase).await,
             // Only after a restart, which is not driven from here.
@@ -369,14 +369,15 @@ impl Incoming {
 
     // ---- the switchover ----
 
-    async fn run_guest(&mut self, epoch: Epoch) {
+    async fn run_guest(&mut self) {
         let outcome = self.try_run_guest().await;
         match outcome {
             Ok(at) => {
                 self.resumed_at = Some(at);
                 self.say_ran(at).await;
                 self.event(DestinationEvent::Running);
-                self.settle(epoch).await;
+                self.setup.board.tell("the guest runs here");
+                self.settle().await;
             }
             Err(why) => {
                 let touched = self
@@ -448,37 +449,37 @@ impl Incoming {
         self.setup.link.mouth.say(Message::Ran { at_us }).await;
     }
 
-    /// The guest runs: records, and the tasks that see the rest arrive.
-    async fn settle(&mut self, epoch: Epoch) {
-        self.setup.board.tell("the guest runs here");
-        let (Some(running), Some(landing)) = (self.running.take(), &self.landing) else {
+    /// The machine is this host's: records, and the tasks that see the rest arrive. Without a process its
+    /// memory is gone, and its disks arrive all the same.
+    async fn settle(&mut self) {
+        let Some(landing) = &mut self.landing else {
             return;
         };
+        let running = self.running.take();
+        self.process = running.as_ref().map(|running| running.process.clone());
         let runtime = MachineRuntime {
-            epoch,
+            epoch: self.switch.epoch(),
             ownership: Ownership::Arriving {
                 migration: self.setup.migration.clone(),
             },
-            process: Some(running.process.clone()),
+            process: self.process.clone(),
         };
-        self.process = Some(running.process.clone());
-        let accepted =
-            tokio::task::block_in_place(|| landing.plan().accept(&self.setup.host, &runtime));
+        let plan = landing.plan();
+        let accepted = tokio::task::block_in_place(|| plan.accept(&self.setup.host, &runtime));
         if let Err(error) = accepted {
             self.setup.board.tell(format!(
                 "the machine's records cannot be written ({error}); the migration's journal says that it is here"
             ));
         }
-        let machine = Machine::new(running.spec.clone(), runtime, Some(running));
+        let machine = Machine::new(plan.spec.clone(), runtime, running);
+        // Their files are with the disks now.
+        landing.volumes.clear();
         let machine = self.setup.machines.insert(machine);
         machine.watch_end(&self.setup.host).await;
         machine.lock().await.migration = Some(self.setup.migration.clone());
         self.machine = Some(machine);
         self.watch_ram();
         self.watch_disks();
-        if let Some(landing) = &mut self.landing {
-            landing.volumes.clear();
-        }
     }
 
     fn watch_ram(&mut self) {
