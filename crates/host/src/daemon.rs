@@ -23,13 +23,14 @@ use crate::config::Config;
 use crate::disk::Wants;
 use crate::host::Host;
 use crate::machines::Machines;
-use crate::migration::arrival::Arrival;
+use crate::migration::arrival::{Arrival, Door};
 use crate::migration::arrivals::Arrivals;
 use crate::migration::board::Board;
 use crate::migration::incoming::{self, Incoming};
 use crate::migration::outgoing::Command;
 use crate::migration::peeks::Peeks;
 use crate::migration::record::MigrationJournal;
+use crate::peers::Dialler;
 use crate::service::first_view;
 use crate::state::{MigrationId, Name, RateLimit, StateDir, Timestamp};
 use crate::volumes::claims::Claims;
@@ -43,16 +44,25 @@ const MAX_TOLD: usize = 256;
 
 /// A migration as the daemon holds it.
 pub struct Held {
-    pub machine: Name,
     pub board: Arc<Board>,
     /// Only at the source.
     pub commands: Option<mpsc::Sender<Command>>,
     pub pace: Option<Pace>,
 }
 
+impl Held {
+    fn incoming(board: Arc<Board>) -> Self {
+        Held {
+            board,
+            commands: None,
+            pace: None,
+        }
+    }
+}
+
 struct Session {
     peer: PeerName,
-    door: mpsc::Sender<(Class, Connection)>,
+    door: Door,
 }
 
 /// The daemon's parts.
@@ -142,6 +152,14 @@ pub fn rate_of(limit: RateLimit) -> Rate {
     }
 }
 
+/// The migration that a session is of.
+pub fn migration_of(session: SessionId) -> MigrationId {
+    session
+        .to_string()
+        .parse()
+        .expect("32 hexadecimal digits are a migration's id")
+}
+
 impl Daemon {
     pub fn migrations(&self) -> MutexGuard<'_, BTreeMap<MigrationId, Arc<Held>>> {
         self.migrations
@@ -211,48 +229,40 @@ impl Daemon {
                 format!("{MAX_INCOMING} migrations to this host are under way"),
             ));
         }
-        let id: MigrationId = session
-            .to_string()
-            .parse()
-            .expect("32 hexadecimal digits are a migration's id");
+        let id = migration_of(session);
         let folder = self.host.state.migration_folder(&id);
         if !folder.is_dir() {
             self.host.state.add_migration(&id)?;
             StateDir::replace_file(&folder.join("peer"), peer.as_str().as_bytes())?;
         }
-        let journal = MigrationJournal::open(&folder)
-            .map_err(|e| ApiError::new(ErrorCode::Damaged, e.to_string()))?;
+        let journal = MigrationJournal::open(&folder)?;
         let (destination, _) = Destination::recover(journal.records());
+        let known = !journal.records().is_empty();
         let unknown: Name = "unknown".parse().expect("a plain word is a name");
-        let view = first_view(
-            id.clone(),
-            unknown.clone(),
-            peer.clone(),
-            Direction::Incoming,
-        );
+        let view = first_view(id.clone(), unknown, peer.clone(), Direction::Incoming);
         let board = Arc::new(Board::new(view));
-        let arrivals = Arc::new(Arrivals::default());
-        let wants = Arc::new(Wants::default());
-        let peeks = Arc::new(Peeks::default());
-        let link = Arrival::start(arrivals.clone(), wants.clone(), peeks.clone());
-        let door = link.door();
+        let (mut incoming, door) = self.incoming(board.clone(), journal);
         // The doorstep is empty and has room for one.
         let _ = door.try_send((Class::Control, connection));
-        self.sessions().insert(session, Session { peer, door });
-        let known = !journal.records().is_empty();
-        if !known {
-            let held = Held {
-                machine: unknown,
-                board: board.clone(),
-                commands: None,
-                pace: None,
-            };
-            self.hold(id.clone(), held);
+        if known {
+            incoming.resume(destination);
+        } else {
+            self.hold(id, Held::incoming(board));
         }
-        let mut incoming = Incoming::new(incoming::Setup {
+        self.let_in(session, peer, door, incoming);
+        Ok(())
+    }
+
+    /// A driver for a migration to here, and where its session's connections are handed in.
+    fn incoming(&self, board: Arc<Board>, journal: MigrationJournal) -> (Incoming, Door) {
+        let (arrivals, wants) = (Arc::<Arrivals>::default(), Arc::<Wants>::default());
+        let peeks = Arc::<Peeks>::default();
+        let link = Arrival::start(arrivals.clone(), wants.clone(), peeks.clone());
+        let door = link.door();
+        let incoming = Incoming::new(incoming::Setup {
             host: self.host.clone(),
             machines: self.machines.clone(),
-            migration: id,
+            migration: board.view().id,
             board,
             journal,
             link,
@@ -260,14 +270,34 @@ impl Daemon {
             wants,
             peeks,
         });
-        if known {
-            incoming.resume(destination);
-        }
+        (incoming, door)
+    }
+
+    /// Lets the peer's connections of the session in, for as long as the driver, which begins now, runs.
+    fn let_in(
+        self: &Arc<Self>,
+        session: SessionId,
+        peer: PeerName,
+        door: Door,
+        incoming: Incoming,
+    ) {
+        self.sessions().insert(session, Session { peer, door });
         let daemon = self.clone();
         tokio::spawn(async move {
             incoming.run().await;
             daemon.sessions().remove(&session);
         });
-        Ok(())
+    }
+
+    /// Dials the peer for one session.
+    pub fn dialler(&self, peer: PeerName, session: SessionId) -> Arc<Dialler> {
+        let host = &self.host;
+        Arc::new(Dialler::new(
+            host.identity.clone(),
+            host.trust.clone(),
+            host.name.clone(),
+            peer,
+            session,
+        ))
     }
 }

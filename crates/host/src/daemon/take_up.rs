@@ -17,23 +17,19 @@ use whimbrel_peer::hello::SessionId;
 use whimbrel_peer::trust::PeerName;
 use whimbrel_qemu::source::take_back;
 
-use super::{Daemon, Held, Session, rate_of};
+use super::{Daemon, Held, rate_of};
 use crate::api::types::Direction;
 use crate::api::{ApiError, ErrorCode};
-use crate::disk::{Mode, Wants};
+use crate::disk::Mode;
 use crate::machine::reattach;
 use crate::machines::{Machine, open_disks, set_volume};
-use crate::migration::arrival::Arrival;
-use crate::migration::arrivals::Arrivals;
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
 use crate::migration::flow::Flow;
-use crate::migration::incoming::{self, Incoming};
+use crate::migration::incoming;
 use crate::migration::landing::Plan;
 use crate::migration::outgoing::{self, Outgoing, offer_again};
-use crate::migration::peeks::Peeks;
 use crate::migration::record::{MigrationJournal, is_over, mark_over, read_bandwidth, read_layout};
-use crate::peers::Dialler;
 use crate::service::first_view;
 use crate::state::{MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir};
 
@@ -120,7 +116,7 @@ impl Daemon {
         if is_over(&folder) {
             return Ok(());
         }
-        let journal = MigrationJournal::open(&folder).map_err(damaged)?;
+        let journal = MigrationJournal::open(&folder)?;
         match journal.records().first() {
             None => Ok(()),
             Some(Record::Preparing { .. } | Record::Refused { .. }) => {
@@ -140,9 +136,7 @@ impl Daemon {
         let (destination, actions) = Destination::recover(journal.records());
         for action in actions {
             match action {
-                Action::Journal(record) => journal
-                    .append(record)
-                    .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
+                Action::Journal(record) => journal.append(record)?,
                 Action::CleanUp => {
                     if let Some(plan) = &plan {
                         for process in incoming::leftovers(&self.host, &plan.spec.name) {
@@ -199,38 +193,13 @@ impl Daemon {
         let peer = named::<PeerName>(folder, "peer")?;
         let session = session_of(id)?;
         let name = plan.spec.name.clone();
-        let view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Incoming);
+        let view = first_view(id.clone(), name, peer.clone(), Direction::Incoming);
         let board = Arc::new(Board::new(view));
-        let (arrivals, wants) = (Arc::<Arrivals>::default(), Arc::<Wants>::default());
-        let peeks = Arc::new(Peeks::default());
-        let link = Arrival::start(arrivals.clone(), wants.clone(), peeks.clone());
-        let door = link.door();
-        let mut incoming = Incoming::new(incoming::Setup {
-            host: self.host.clone(),
-            machines: self.machines.clone(),
-            migration: id.clone(),
-            board: board.clone(),
-            journal,
-            link,
-            arrivals,
-            wants,
-            peeks,
-        });
+        let (mut incoming, door) = self.incoming(board.clone(), journal);
         incoming.take_up(destination, plan).await;
-        let held = Held {
-            machine: name,
-            board,
-            commands: None,
-            pace: None,
-        };
-        self.hold(id.clone(), held);
+        self.hold(id.clone(), Held::incoming(board));
         // Only now: the source must not meet a half-made session.
-        self.sessions().insert(session, Session { peer, door });
-        let daemon = self.clone();
-        tokio::spawn(async move {
-            incoming.run().await;
-            daemon.sessions().remove(&session);
-        });
+        self.let_in(session, peer, door, incoming);
         Ok(())
     }
 
@@ -244,9 +213,7 @@ impl Daemon {
         let (source, actions) = Source::recover(journal.records());
         for action in actions {
             match action {
-                Action::Journal(record) => journal
-                    .append(record)
-                    .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?,
+                Action::Journal(record) => journal.append(record)?,
                 Action::KeepGuest { epoch } => {
                     tracing::info!(migration = %id, %epoch, "an unfinished migration away from here is off");
                     kept.extend(self.keep_leftover(id, folder, epoch)?);
@@ -315,17 +282,6 @@ impl Daemon {
         };
         tokio::spawn(Outgoing::take_up(setup, source).run());
         Ok(())
-    }
-
-    fn dialler(&self, peer: PeerName, session: SessionId) -> Arc<Dialler> {
-        let host = &self.host;
-        Arc::new(Dialler::new(
-            host.identity.clone(),
-            host.trust.clone(),
-            host.name.clone(),
-            peer,
-            session,
-        ))
     }
 
     /// A machine that was promised away is not this host's to run, whatever its record still says.
@@ -402,7 +358,6 @@ impl Daemon {
         board.phase(source.phase());
         let (commands, queue) = mpsc::channel(8);
         let held = Held {
-            machine: name.clone(),
             board: board.clone(),
             commands: Some(commands),
             pace: Some(pace.clone()),

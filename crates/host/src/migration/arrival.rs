@@ -32,12 +32,15 @@ const STORING: usize = 64;
 /// Connections of a session that wait to be taken up; more are turned away.
 const DOORSTEP: usize = 8;
 
+/// Where connections of a session are handed in.
+pub type Door = mpsc::Sender<(Class, Connection)>;
+
 /// The destination's session.
 pub struct Arrival {
     pub mouth: Mouth,
     pub pulse: Arc<Pulse>,
     pub events: mpsc::Receiver<LinkEvent>,
-    door: mpsc::Sender<(Class, Connection)>,
+    door: Door,
     stop: CancellationToken,
 }
 
@@ -64,8 +67,7 @@ impl Arrival {
         arrival
     }
 
-    /// Where connections of this session are handed in.
-    pub fn door(&self) -> mpsc::Sender<(Class, Connection)> {
+    pub fn door(&self) -> Door {
         self.door.clone()
     }
 }

@@ -3,6 +3,7 @@
 use crate::api::{ApiError, ErrorCode};
 use crate::machine::MachineError;
 use crate::machines::OpenDiskError;
+use crate::migration::record::RecordError;
 use crate::state::{MigrationId, Name};
 
 impl From<OpenDiskError> for ApiError {
@@ -57,6 +58,16 @@ impl From<MachineError> for ApiError {
             MachineError::Gone { .. } => (ErrorCode::WrongState, "start the machine"),
         };
         ApiError::new(code, what).next_step(next)
+    }
+}
+
+impl From<RecordError> for ApiError {
+    fn from(error: RecordError) -> ApiError {
+        let code = match error {
+            RecordError::Io { .. } => ErrorCode::Io,
+            RecordError::Damaged { .. } => ErrorCode::Damaged,
+        };
+        ApiError::new(code, error.to_string())
     }
 }
 

@@ -15,7 +15,7 @@ use whimbrel_wire::message::RamMode as WireRam;
 
 use crate::api::types::*;
 use crate::api::{ApiError, ErrorCode, Service};
-use crate::daemon::{Daemon, Held, rate_of};
+use crate::daemon::{Daemon, Held, migration_of, rate_of};
 use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, probe, start};
 use crate::machines::{Machine, Standing, open_disks, save};
 use crate::migration::board::Board;
@@ -23,7 +23,6 @@ use crate::migration::departure::{Departure, Gear};
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
 use crate::migration::record::{MigrationJournal, save_bandwidth};
-use crate::peers::Dialler;
 use errors::*;
 pub use views::first_view;
 
@@ -456,28 +455,18 @@ impl Service for Daemon {
             .next_step("start it first"));
         };
         let session = fresh_id()?;
-        let dialler = Arc::new(Dialler::new(
-            self.host.identity.clone(),
-            self.host.trust.clone(),
-            self.host.name.clone(),
-            request.to.clone(),
-            session,
-        ));
+        let dialler = self.dialler(request.to.clone(), session);
         // The first failure to reach the peer is the caller's to hear, with nothing begun.
         let first = dialler.dial(Class::Control).await.map_err(|error| {
             ApiError::from(error)
                 .machine_state("the machine runs here as before; nothing was begun")
         })?;
-        let id: MigrationId = session
-            .to_string()
-            .parse()
-            .expect("32 hexadecimal digits are a migration's id");
+        let id = migration_of(session);
         let folder = self.host.state.add_migration(&id)?;
         StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
         StateDir::replace_file(&folder.join("peer"), request.to.as_str().as_bytes())?;
         save_bandwidth(&folder, request.bandwidth)?;
-        let journal = MigrationJournal::open(&folder)
-            .map_err(|e| ApiError::new(ErrorCode::Io, e.to_string()))?;
+        let journal = MigrationJournal::open(&folder)?;
         let mut view = first_view(
             id.clone(),
             request.machine.clone(),
@@ -526,7 +515,6 @@ impl Service for Daemon {
         self.hold(
             id.clone(),
             Held {
-                machine: request.machine,
                 board: board.clone(),
                 commands: Some(commands),
                 pace: Some(pace),
