@@ -25,6 +25,7 @@ pub mod outgoing;
 pub mod peeks;
 pub mod record;
 mod report;
+mod spaces;
 mod verify;
 
 use std::time::Duration;

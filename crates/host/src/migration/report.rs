@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use whimbrel_engine::space::{SpaceId, SpaceKind};
+use whimbrel_engine::space::SpaceKind;
 use whimbrel_wire::message::Fares;
 
 use super::flow::Flow;
@@ -90,7 +90,7 @@ pub fn outgoing(flow: &Flow, fares: &Fares, times: Times, reconnects: u64) -> Mi
     let tallies: Vec<_> = flow
         .infos()
         .iter()
-        .map(|i| (flow.tally(i.id), flow.sent(SpaceId(i.id.0))))
+        .map(|i| (flow.tally(i.id), flow.sent(i.id)))
         .collect();
     MigrationReport {
         total_ms: millis(times.total),

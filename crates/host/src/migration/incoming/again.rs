@@ -14,12 +14,12 @@ use rustix::process::Pid;
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind};
+use whimbrel_engine::space::SpaceInfo;
 use whimbrel_engine::switchover::{Destination, DestinationEvent};
 use whimbrel_qemu::info::info;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
-use whimbrel_qemu::stream::{RamBlock, StreamLayout};
+use whimbrel_qemu::stream::StreamLayout;
 
 use super::Incoming;
 use crate::disk::{Disk, Filling, Mode};
@@ -28,6 +28,7 @@ use crate::machine::reattach;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan};
 use crate::migration::record::read_layout;
+use crate::migration::spaces;
 use crate::state::{MachineSpec, Name, QemuProcess, Timestamp, start_ticks};
 
 const NO_LAYOUT: &str =
@@ -68,12 +69,7 @@ impl Incoming {
         for (n, volume) in volumes.into_iter().enumerate() {
             let found = volume.recovered;
             wrote |= !found.guest_owned.is_empty();
-            let info = SpaceInfo {
-                id: SpaceId(n as u16),
-                kind: SpaceKind::Disk,
-                name: volume.record.name.to_string(),
-                len: volume.record.size,
-            };
+            let info = spaces::disk(n, volume.record.name.as_str(), volume.record.size);
             let space = SpaceIn::recovered(info, found.resident, found.guest_owned, found.partial);
             let filling = Arc::new(Filling::new(
                 space,
@@ -196,18 +192,14 @@ impl Incoming {
 
 /// The RAM blocks as spaces that follow the disks'.
 fn spaces_of(layout: &StreamLayout, disks: usize, received: Vec<UnitSet>) -> Vec<SpaceIn> {
-    let blocks = layout.blocks.iter().zip(received).enumerate();
-    let space = |(n, (block, received)): (usize, (&RamBlock, UnitSet))| {
-        let info = SpaceInfo {
-            id: SpaceId((disks + n) as u16),
-            kind: SpaceKind::Ram,
-            name: block.name.clone(),
-            len: block.len,
-        };
+    let space = |(info, received): (SpaceInfo, UnitSet)| {
         let none = UnitSet::empty(info.units());
         SpaceIn::recovered(info, received, none, BTreeMap::new())
     };
-    blocks.map(space).collect()
+    spaces::ram(disks, layout)
+        .zip(received)
+        .map(space)
+        .collect()
 }
 
 /// The QEMU that an earlier daemon had started for a machine to arrive in.

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind, UNIT};
+use whimbrel_engine::space::{SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
@@ -32,6 +32,7 @@ use super::lane::LinkEvent;
 use super::peeks::Peeks;
 use super::record::{MigrationJournal, mark_over};
 use super::report;
+use super::spaces;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::{MigrationState, SpaceProgress};
@@ -405,12 +406,7 @@ impl Incoming {
         let landing = self.landing.as_mut().ok_or(missing)?;
         let mut fillings = Vec::new();
         for (n, (volume, disk)) in landing.volumes.iter_mut().zip(&running.disks).enumerate() {
-            let info = SpaceInfo {
-                id: SpaceId(n as u16),
-                kind: SpaceKind::Disk,
-                name: volume.record.name.to_string(),
-                len: volume.record.size,
-            };
+            let info = spaces::disk(n, disk.name(), disk.size());
             let journal = volume.journal.take().ok_or(missing)?;
             let filling = Arc::new(Filling::new(
                 SpaceIn::absent(info),

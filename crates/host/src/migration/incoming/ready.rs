@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use whimbrel_engine::inflow::SpaceIn;
-use whimbrel_engine::space::{SpaceId, SpaceInfo, SpaceKind};
 use whimbrel_engine::switchover::DestinationEvent;
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
 use whimbrel_qemu::stream::{RamBlock, StreamLayout};
@@ -18,6 +17,7 @@ use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::Plan;
 use crate::migration::peeks::DiskPeek;
 use crate::migration::record::save_layout;
+use crate::migration::spaces;
 
 /// Most RAM blocks a machine may have.
 const MAX_BLOCKS: usize = 4096;
@@ -53,7 +53,7 @@ impl Incoming {
         };
         let disks = landing.volumes.iter().enumerate().map(|(n, volume)| {
             let peek = DiskPeek {
-                space: SpaceId(n as u16),
+                space: spaces::disk_id(n),
                 peeks: self.setup.peeks.clone(),
                 mouth: self.setup.link.mouth.clone(),
             };
@@ -129,18 +129,6 @@ impl Incoming {
                 })
                 .collect(),
         };
-        let first = running.disks.len();
-        let spaces: Vec<SpaceInfo> = layout
-            .blocks
-            .iter()
-            .enumerate()
-            .map(|(n, b)| SpaceInfo {
-                id: SpaceId((first + n) as u16),
-                kind: SpaceKind::Ram,
-                name: b.name.clone(),
-                len: b.len,
-            })
-            .collect();
         let socket = self.ram_socket();
         let (sink, requests) = match self.ram_mode {
             RamMode::Precopy => {
@@ -157,8 +145,13 @@ impl Incoming {
             }
         };
         let wants = self.setup.wants.clone();
-        let spaces = spaces.into_iter().map(SpaceIn::absent).collect();
-        let ram = Arc::new(RamIn::new(spaces, sink, wants, self.setup.board.clock()));
+        let blocks = spaces::ram(running.disks.len(), &layout).map(SpaceIn::absent);
+        let ram = Arc::new(RamIn::new(
+            blocks.collect(),
+            sink,
+            wants,
+            self.setup.board.clock(),
+        ));
         self.setup.arrivals.set_ram(ram.clone());
         if let Some(requests) = requests {
             self.pass_requests(ram.clone(), requests);

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind, UNIT};
+use whimbrel_engine::space::{Extent, UNIT};
 use whimbrel_engine::switchover::{Action, Phase, Source};
 use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::paused::PausedRam;
@@ -15,11 +15,12 @@ use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::stream::StreamLayout;
 use whimbrel_volume::backend::is_zero;
 
-use super::stop::look_through;
+use super::offer::{offer_disks, release_disk};
 use super::{Outgoing, Setup};
 use crate::disk::Disk;
 use crate::migration::board::Board;
 use crate::migration::flow::{Content, Flow};
+use crate::migration::spaces;
 
 /// Pages looked through at a time for zeroes: 4 MiB.
 const GLANCE: u64 = 1024;
@@ -59,24 +60,9 @@ pub async fn offer_again(
     pid: Option<u32>,
     board: &Board,
 ) {
+    offer_disks(flow, disks);
     for (n, disk) in disks.iter().enumerate() {
-        let space = SpaceId(n as u16);
-        let info = SpaceInfo {
-            id: space,
-            kind: SpaceKind::Disk,
-            name: disk.name().to_string(),
-            len: disk.size(),
-        };
-        let all = Extent::new(0, info.units());
-        flow.add(info, Content::Disk(disk.file().clone()));
-        flow.change(|out| out.offer_withheld(space, all));
-        if let Err(error) = look_through(flow, disk, space).await {
-            board.tell(format!(
-                "disk {}: holes cannot be found ({error}); all of it is sent",
-                disk.name()
-            ));
-            flow.change(|out| out.ready(space, all));
-        }
+        release_disk(flow, disk, spaces::disk_id(n), board).await;
     }
     let Some(layout) = layout.filter(|_| !disks.is_empty()) else {
         return;
@@ -96,15 +82,8 @@ pub async fn offer_again(
             return;
         }
     };
-    for (block, b) in layout.blocks.iter().enumerate() {
-        let space = SpaceId((disks.len() + block) as u16);
-        let info = SpaceInfo {
-            id: space,
-            kind: SpaceKind::Ram,
-            name: b.name.clone(),
-            len: b.len,
-        };
-        let units = info.units();
+    for (block, info) in spaces::ram(disks.len(), layout).enumerate() {
+        let (space, name, units) = (info.id, info.name.clone(), info.units());
         let reader = ram.clone();
         flow.add(
             info,
@@ -118,8 +97,7 @@ pub async fn offer_again(
             Ok(Ok(live)) => flow.change(|out| out.offer_set(space, &live)),
             Ok(Err(error)) => {
                 board.tell(format!(
-                    "RAM block {} cannot be read: {error}; what of it has not arrived will be missed",
-                    b.name
+                    "RAM block {name} cannot be read: {error}; what of it has not arrived will be missed"
                 ));
             }
             Err(panic) => tracing::error!(%panic, "reading RAM panicked"),

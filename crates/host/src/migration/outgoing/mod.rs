@@ -7,6 +7,7 @@
 
 mod again;
 mod ends;
+mod offer;
 mod precopy;
 mod stop;
 
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
-use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, SpaceKind};
+use whimbrel_engine::space::SpaceId;
 use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, SourceEvent};
 use whimbrel_peer::pace::Pace;
 use whimbrel_qemu::content::RamContent;
@@ -34,12 +35,14 @@ use super::flow::{Content, Flow};
 use super::lane::LinkEvent;
 use super::record::{MigrationJournal, mark_over, save_layout};
 use super::report;
+use super::spaces;
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::MigrationState;
 use crate::disk::Disk;
 use crate::host::Host;
 use crate::machines::Machine;
 use crate::state::{MachineRuntime, MachineSpec, Timestamp};
+use offer::offer_disks;
 
 /// Bytes of packed device state in one message.
 const STATE_PART: usize = 768 << 10;
@@ -210,22 +213,7 @@ impl Outgoing {
     }
 
     fn begin(&mut self) {
-        for (n, disk) in self.setup.disks.iter().enumerate() {
-            let info = SpaceInfo {
-                id: SpaceId(n as u16),
-                kind: SpaceKind::Disk,
-                name: disk.name().to_string(),
-                len: disk.size(),
-            };
-            let units = info.units();
-            self.setup
-                .flow
-                .add(info, Content::Disk(disk.file().clone()));
-            // Until the disk is frozen and looked through, nobody can say what of it is empty.
-            self.setup.flow.change(|out| {
-                out.offer_withheld(SpaceId(n as u16), Extent::new(0, units));
-            });
-        }
+        offer_disks(&self.setup.flow, &self.setup.disks);
         self.event(SourceEvent::Start);
     }
 
@@ -584,14 +572,8 @@ impl Outgoing {
         };
         match RamSource::start(qmp, options).await {
             Ok((ram, events)) => {
-                let first = self.setup.disks.len();
-                for (block, b) in ram.layout().blocks.iter().enumerate() {
-                    let info = SpaceInfo {
-                        id: SpaceId((first + block) as u16),
-                        kind: SpaceKind::Ram,
-                        name: b.name.clone(),
-                        len: b.len,
-                    };
+                let infos = spaces::ram(self.setup.disks.len(), ram.layout());
+                for (block, info) in infos.enumerate() {
                     let ram = RamContent::Store(ram.store().clone());
                     self.setup.flow.add(info, Content::Ram { ram, block });
                 }
@@ -629,7 +611,7 @@ impl Outgoing {
     }
 
     fn ram_space(&self, block: usize) -> SpaceId {
-        SpaceId((self.setup.disks.len() + block) as u16)
+        spaces::ram_id(self.setup.disks.len(), block)
     }
 }
 

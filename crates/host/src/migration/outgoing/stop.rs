@@ -7,16 +7,18 @@ use std::time::{Duration, Instant};
 
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{Extent, SpaceId, UNIT};
+use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_engine::switchover::SourceEvent;
 use whimbrel_qemu::info::early_pages;
 use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::{MAX_BITMAP_UNITS, Message, RamMode, pack_bitmap};
 
 use super::Outgoing;
+use super::offer::release_disk;
 use crate::api::error::ErrorCode;
-use crate::disk::{Disk, Mode};
+use crate::disk::Mode;
 use crate::migration::flow::Flow;
+use crate::migration::spaces;
 
 /// Grain in which arriving stale pages are noticed.
 const STALE_POLL: Duration = Duration::from_millis(4);
@@ -115,19 +117,9 @@ impl Outgoing {
             self.tasks.push(AbortOnDropHandle::new(task));
         }
         for n in 0..self.setup.disks.len() {
-            let (disk, space) = (&self.setup.disks[n], SpaceId(n as u16));
-            if let Err(error) = look_through(&self.setup.flow, disk, space).await {
-                // Everything is offered then: holes are sent as zeroes, which is slow and right.
-                self.setup.board.tell(format!(
-                    "disk {}: holes cannot be found ({error}); all of it is sent",
-                    self.setup.disks[n].name()
-                ));
-                let units = self.setup.flow.units_of(SpaceId(n as u16)).unwrap_or(0);
-                self.setup
-                    .flow
-                    .change(|out| out.ready(SpaceId(n as u16), Extent::new(0, units)));
-            }
-            self.say_empty(SpaceId(n as u16)).await;
+            let (disk, space) = (&self.setup.disks[n], spaces::disk_id(n));
+            release_disk(&self.setup.flow, disk, space, &self.setup.board).await;
+            self.say_empty(space).await;
         }
         if self.ram_mode == RamMode::Precopy {
             // Its zeroes went the way of its content.
@@ -171,37 +163,6 @@ impl Outgoing {
     }
 }
 
-/// Finds the disk's holes: only what has content is sent.
-pub(super) async fn look_through(
-    flow: &Flow,
-    disk: &Disk,
-    space: SpaceId,
-) -> Result<(), whimbrel_volume::VolumeError> {
-    let units = disk.size().div_ceil(UNIT);
-    let mut data = UnitSet::empty(units);
-    let mut at = 0;
-    while at < disk.size() {
-        let runs = disk.file().data_extents(at, disk.size() - at).await?;
-        for run in &runs {
-            if run.data {
-                data.insert(Extent::touching(run.offset, run.len));
-            }
-            at = run.offset + run.len;
-        }
-        if runs.is_empty() {
-            break;
-        }
-    }
-    flow.change(|out| {
-        let holes: Vec<Extent> = data.gaps_within(Extent::new(0, units)).collect();
-        for hole in holes {
-            out.emptied(space, hole);
-        }
-        out.ready(space, Extent::new(0, units));
-    });
-    Ok(())
-}
-
 /// Frees demands and pushes of pages that have come meanwhile; the number still to come.
 fn follow_stale(
     store: &whimbrel_qemu::store::RamStore,
@@ -213,7 +174,7 @@ fn follow_stale(
     for block in 0..blocks {
         let stale = store.stale(block);
         left += stale.len();
-        flow.change(|out| out.set_withheld(SpaceId((first + block) as u16), &stale));
+        flow.change(|out| out.set_withheld(spaces::ram_id(first, block), &stale));
     }
     left
 }
