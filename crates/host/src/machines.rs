@@ -186,9 +186,7 @@ pub async fn open_disks(host: &Host, spec: &MachineSpec) -> Result<Vec<Arc<Disk>
             });
         }
         let file = open_data(host, &record).await?;
-        let heat = host.heat.of(&host.state, &record);
-        let disk = Disk::new(record.name.to_string(), record.size, file, Mode::Open);
-        disks.push(Arc::new(disk.watched(heat)));
+        disks.push(disk_of(host, &record, file, Mode::Open));
     }
     Ok(disks)
 }
@@ -205,6 +203,13 @@ pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<Backend
         });
     }
     Ok(Arc::new(data.narrowed(record.size)?))
+}
+
+/// An opened volume as a disk, to be served as the mode says; what a guest reads and writes of it is logged.
+pub fn disk_of(host: &Host, record: &VolumeRecord, file: Arc<Backend>, mode: Mode) -> Arc<Disk> {
+    let heat = host.heat.of(&host.state, record);
+    let name = record.name.to_string();
+    Arc::new(Disk::new(name, record.size, file, mode, heat))
 }
 
 /// All machines of this host, by name.

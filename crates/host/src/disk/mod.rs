@@ -59,33 +59,24 @@ pub struct Disk {
     mode: RwLock<Mode>,
     /// A guest has written or flushed since the mode last let it: proof that it ran here.
     touched: AtomicBool,
-    heat: Option<Arc<Heat>>,
+    /// Where the guest's reads and writes are logged.
+    heat: Arc<Heat>,
 }
 
 impl Disk {
-    pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode) -> Self {
+    pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode, heat: Arc<Heat>) -> Self {
         Disk {
             name,
             size,
             file,
             mode: RwLock::new(mode),
             touched: AtomicBool::new(false),
-            heat: None,
-        }
-    }
-
-    /// The same disk, whose reads and writes are logged.
-    pub fn watched(self, heat: Arc<Heat>) -> Self {
-        Disk {
-            heat: Some(heat),
-            ..self
+            heat,
         }
     }
 
     fn log(&self, kind: AccessKind, offset: u64, len: u64) {
-        if let Some(heat) = &self.heat {
-            heat.log(kind, offset, len);
-        }
+        self.heat.log(kind, offset, len);
     }
 
     pub fn name(&self) -> &str {

@@ -17,6 +17,7 @@ use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 
 use crate::host::Host;
+use crate::machines::{OpenDiskError, open_data};
 use crate::state::{
     DATA_FILE, MachineRuntime, MachineSpec, MigrationId, Name, Ownership, StateDir, StateError,
     Timestamp, VolumeRecord, VolumeUuid,
@@ -57,6 +58,8 @@ pub enum LandingError {
     State(#[from] StateError),
     #[error("{0}")]
     Volume(#[from] VolumeError),
+    #[error("{0}")]
+    Open(#[from] OpenDiskError),
     #[error("{}: {source}", path.display())]
     Io {
         path: PathBuf,
@@ -206,9 +209,7 @@ impl Plan {
         let mut volumes = Vec::new();
         for volume in &self.volumes {
             let record = volume.record.clone();
-            let path = record.data_path(&host.state.volume_folder(&record.name));
-            let file = Backend::open(&host.pool, &path, record.format, Access::ReadWrite).await?;
-            let file = Arc::new(file);
+            let file = open_data(host, &record).await?;
             let folder = journal_folder(host, &record);
             let (journal, recovered) =
                 Journal::open(&host.pool, &folder, identity(&record), file.clone()).await?;
@@ -458,5 +459,72 @@ fn remove_file(path: &Path) -> Result<(), LandingError> {
             source,
         }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::volumes::claims::Claims;
+    use crate::volumes::heat::HeatShelf;
+    use whimbrel_peer::identity::Identity;
+    use whimbrel_peer::pace::{Pace, Rate};
+    use whimbrel_peer::trust::TrustStore;
+    use whimbrel_volume::pool::{Pool, PoolSize};
+    use whimbrel_wire::message::RamMode;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn host(folder: &Path) -> Host {
+        let state = StateDir::init(folder).expect("room");
+        Host {
+            config: Config::default(),
+            name: "here".to_string(),
+            identity: Identity::create(&state.identity_path()).expect("room"),
+            trust: TrustStore::load(state.peers_path()).expect("no peers yet"),
+            state,
+            pool: Pool::start(PoolSize::default()).expect("threads"),
+            claims: Claims::default(),
+            heat: HeatShelf::default(),
+            pace: Pace::new(Rate::Unlimited),
+        }
+    }
+
+    fn offer() -> Prepare {
+        Prepare {
+            epoch: Epoch(2),
+            machine: "web".to_string(),
+            definition: "name = \"web\"\nmemory = \"64MiB\"\n[[disk]]\nvolume = \"root\"\n"
+                .to_string(),
+            machine_type: String::new(),
+            qemu_version: String::new(),
+            disks: vec![DiskOffer {
+                volume: "root".to_string(),
+                uuid: "00000000-0000-4000-8000-000000000001".to_string(),
+                size: SIZE,
+                allocated: 0,
+            }],
+            ram: RamMode::Postcopy,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_place_larger_than_the_volume_is_reopened_as_large_as_the_volume() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let host = host(folder.path());
+        let id: MigrationId = "m-1".parse().expect("an id");
+        host.state.add_migration(&id).expect("room");
+        let plan = Plan::make(&host, &id, &offer()).expect("nothing is here yet");
+        let landing = plan.carry_out(&host, &id).await.expect("room");
+        let plan = landing.plan().clone();
+        let path = landing.volumes[0].file.path().to_path_buf();
+        drop(landing);
+        // As a device may be, of which only the volume's size counts.
+        let place = std::fs::File::options().write(true).open(path);
+        place.and_then(|f| f.set_len(3 * SIZE)).expect("room");
+        let reopened = plan.reopen(&host).await.expect("all was made");
+        assert_eq!(reopened[0].file.size(), SIZE);
+        assert_eq!(reopened[0].recovered.resident.len(), 0);
     }
 }

@@ -22,9 +22,10 @@ use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
 use whimbrel_qemu::stream::StreamLayout;
 
 use super::Incoming;
-use crate::disk::{Disk, Filling, Mode};
+use crate::disk::{Filling, Mode};
 use crate::host::Host;
 use crate::machine::reattach;
+use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan};
 use crate::migration::record::read_layout;
@@ -78,13 +79,8 @@ impl Incoming {
                 self.setup.wants.clone(),
                 self.setup.board.clock(),
             ));
-            let disk = Disk::new(
-                volume.record.name.to_string(),
-                volume.record.size,
-                volume.file,
-                Mode::Filling(filling.clone()),
-            );
-            disks.push(Arc::new(disk));
+            let mode = Mode::Filling(filling.clone());
+            disks.push(disk_of(&host, &volume.record, volume.file, mode));
             fillings.push(filling);
         }
         self.landing = Some(Landing::landed(plan));

@@ -13,6 +13,7 @@ use whimbrel_wire::message::{Layout, Message, RamMode};
 use super::Incoming;
 use crate::disk::{Disk, Mode};
 use crate::machine::{Boot, start};
+use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::Plan;
 use crate::migration::peeks::DiskPeek;
@@ -57,13 +58,8 @@ impl Incoming {
                 peeks: self.setup.peeks.clone(),
                 mouth: self.setup.link.mouth.clone(),
             };
-            let disk = Disk::new(
-                volume.record.name.to_string(),
-                volume.record.size,
-                volume.file.clone(),
-                Mode::Arriving(Arc::new(peek)),
-            );
-            Arc::new(disk.watched(host.heat.of(&host.state, &volume.record)))
+            let mode = Mode::Arriving(Arc::new(peek));
+            disk_of(&host, &volume.record, volume.file.clone(), mode)
         });
         let disks: Vec<Arc<Disk>> = disks.collect();
         self.setup.arrivals.expect_disks(disks.len());
