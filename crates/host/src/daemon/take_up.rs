@@ -21,7 +21,7 @@ use super::{Daemon, Held, rate_of};
 use crate::api::types::Direction;
 use crate::api::{ApiError, ErrorCode};
 use crate::disk::Mode;
-use crate::machine::reattach;
+use crate::machine::{ram_out_socket, reattach};
 use crate::machines::{Machine, open_disks, set_volume};
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
@@ -79,7 +79,7 @@ impl Daemon {
             }
             if let Some(running) = running.as_ref().filter(|_| kept.contains(&name)) {
                 // Only now: a QEMU that was stopping waits for its disks, and answers nobody meanwhile.
-                let socket = self.host.state.machine_folder(&name).join("ram-out.sock");
+                let socket = ram_out_socket(&self.host.state.machine_folder(&name));
                 if let Err(error) = take_back(&running.qmp, &socket).await {
                     tracing::error!(machine = %name, %error, "a guest that was stopped for a migration cannot be resumed");
                 }
@@ -147,7 +147,7 @@ impl Daemon {
                             );
                         }
                         plan.undo(&self.host).await;
-                        let _ = std::fs::remove_file(folder.join("landing.json"));
+                        Plan::forget(folder);
                         tracing::info!(migration = %id, "a migration that was not accepted was cleaned away");
                     }
                 }
@@ -278,7 +278,6 @@ impl Daemon {
             ram: whimbrel_wire::message::RamMode::Postcopy,
             hold: false,
             ram_changes,
-            ram_socket: folder.join("none.sock"),
         };
         tokio::spawn(Outgoing::take_up(setup, source).run());
         Ok(())
@@ -376,7 +375,6 @@ impl Daemon {
                 pushes: 1,
                 ram_changes: changes,
             });
-            let ram_socket = host.state.machine_folder(&name).join("ram-out.sock");
             let setup = outgoing::Setup {
                 host,
                 machine,
@@ -393,7 +391,6 @@ impl Daemon {
                 ram: whimbrel_wire::message::RamMode::Postcopy,
                 hold: false,
                 ram_changes,
-                ram_socket,
             };
             Outgoing::take_up(setup, source).run().await;
         });

@@ -1,6 +1,6 @@
 //! Starting a machine's QEMU, taking one over, and finding one again after a daemon's restart.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use whimbrel_qemu::info::{Info, info};
 use whimbrel_qemu::launch::{Drive, Kernel, LaunchSpec, Nic, Probe};
 use whimbrel_qemu::qmp::Qmp;
 
-use super::{DiskServer, MachineError, Running, Tap, check_socket};
+use super::{DiskServer, MachineError, Running, Tap, check_socket, disk_socket, qmp_socket};
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::state::{Accel, MachineSpec, QemuProcess, Timestamp, start_ticks};
@@ -32,14 +32,6 @@ pub enum Boot<'a> {
 /// What this host's QEMU is and can do.
 pub async fn probe(config: &Config) -> Result<Probe, MachineError> {
     Ok(whimbrel_qemu::launch::probe(&config.qemu).await?)
-}
-
-fn qmp_socket(folder: &Path) -> PathBuf {
-    folder.join("qmp.sock")
-}
-
-fn disk_socket(folder: &Path) -> PathBuf {
-    folder.join("nbd.sock")
 }
 
 /// The name of disk `n` inside QEMU.

@@ -1,6 +1,7 @@
 //! Machines at work: a QEMU, its disks on a socket of their own, its network cards on bridges.
 
 mod launch;
+mod sockets;
 mod tap;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use crate::disk::{Disk, MachineDisks};
 use crate::state::{MachineSpec, QemuProcess};
 
 pub use launch::{Adoption, Boot, adopt, probe, reattach, start};
+pub use sockets::{disk_socket, qmp_socket, ram_in_socket, ram_out_socket};
 pub use tap::{Tap, TapError};
 
 /// Longest path of a unix socket, its closing zero not counted.

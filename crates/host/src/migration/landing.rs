@@ -177,6 +177,11 @@ impl Plan {
             })
     }
 
+    /// Nothing is left of what the plan in this folder made. A plan that stays is only undone once more.
+    pub fn forget(folder: &Path) {
+        let _ = std::fs::remove_file(folder.join(FILE));
+    }
+
     /// Makes the room.
     pub async fn carry_out(
         self,

@@ -16,7 +16,7 @@ use whimbrel_wire::message::RamMode as WireRam;
 use crate::api::types::*;
 use crate::api::{ApiError, ErrorCode, Service};
 use crate::daemon::{Daemon, Held, migration_of, rate_of};
-use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, probe, start};
+use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, disk_socket, probe, start};
 use crate::machines::{Machine, Standing, open_disks, save};
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
@@ -506,11 +506,6 @@ impl Service for Daemon {
             },
             hold: request.hold,
             ram_changes,
-            ram_socket: self
-                .host
-                .state
-                .machine_folder(&request.machine)
-                .join("ram-out.sock"),
         });
         self.hold(
             id.clone(),
@@ -592,7 +587,7 @@ impl Daemon {
         probe(&self.host.config).await?;
         let disks = open_disks(&self.host, spec).await?;
         let folder = self.host.state.machine_folder(&spec.name);
-        let server = DiskServer::start(&folder.join("nbd.sock"), &disks)?;
+        let server = DiskServer::start(&disk_socket(&folder), &disks)?;
         let adoption = Adoption { spec, qmp };
         Ok(adopt(adoption, disks, server).await?)
     }

@@ -22,9 +22,9 @@ use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
 use whimbrel_qemu::stream::StreamLayout;
 
 use super::Incoming;
-use crate::disk::{Filling, Mode};
+use crate::disk::{Disk, Filling, Mode};
 use crate::host::Host;
-use crate::machine::reattach;
+use crate::machine::{MachineError, Running, qmp_socket, reattach};
 use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan};
@@ -86,14 +86,10 @@ impl Incoming {
         self.landing = Some(Landing::landed(plan));
         self.setup.arrivals.expect_disks(fillings.len());
         let ran = runtime.process.is_some() || wrote;
-        let process = match runtime.process.filter(QemuProcess::is_alive) {
-            Some(process) => Some(process),
-            None => leftover_process(&host, &spec).await,
-        };
-        let running = match &process {
+        let recorded = runtime.process.filter(QemuProcess::is_alive);
+        let running = match recorded.or_else(|| leftover_process(&host, &spec)) {
             Some(process) => {
-                let folder = host.state.machine_folder(&spec.name);
-                let running = reattach(&folder, &spec, process, disks).await;
+                let running = answering(&host, &spec, &process, disks).await;
                 Some(running.map_err(|e| format!("the machine's QEMU does not answer: {e}"))?)
             }
             None => None,
@@ -198,27 +194,40 @@ fn spaces_of(layout: &StreamLayout, disks: usize, received: Vec<UnitSet>) -> Vec
         .collect()
 }
 
-/// The QEMU that an earlier daemon had started for a machine to arrive in.
-async fn leftover_process(host: &Host, spec: &MachineSpec) -> Option<QemuProcess> {
+/// The QEMU that an earlier daemon had started for a machine to arrive in. It is not asked anything: it may
+/// wait for its disks and answer nobody. So what type of machine it has is not known yet.
+fn leftover_process(host: &Host, spec: &MachineSpec) -> Option<QemuProcess> {
     let process = leftovers(host, &spec.name).into_iter().next()?;
     let pid = u32::try_from(process.as_raw_nonzero().get()).ok()?;
-    let socket = host.state.machine_folder(&spec.name).join("qmp.sock");
-    let qmp = Qmp::connect(&socket).await.ok()?;
-    let machine_type = info(&qmp).await.ok()?.machine_type;
     Some(QemuProcess {
         pid,
         start_ticks: start_ticks(pid)?,
-        qmp: socket,
-        machine_type,
+        qmp: qmp_socket(&host.state.machine_folder(&spec.name)),
+        machine_type: String::new(),
         adopted: false,
         started: Timestamp::now(),
     })
 }
 
+/// The process with its disks served and its monitor taken up, and then asked for what is not known of it.
+async fn answering(
+    host: &Host,
+    spec: &MachineSpec,
+    process: &QemuProcess,
+    disks: Vec<Arc<Disk>>,
+) -> Result<Running, MachineError> {
+    let folder = host.state.machine_folder(&spec.name);
+    let mut running = reattach(&folder, spec, process, disks).await?;
+    if running.process.machine_type.is_empty() {
+        running.process.machine_type = info(&running.qmp).await?.machine_type;
+    }
+    Ok(running)
+}
+
 /// The QEMUs started for a machine to arrive in, by the monitor that they carry in their command line.
 pub fn leftovers(host: &Host, name: &Name) -> Vec<Pid> {
-    let folder = host.state.machine_folder(name);
-    let socket = format!("path={}", folder.join("qmp.sock").display());
+    let socket = qmp_socket(&host.state.machine_folder(name));
+    let socket = format!("path={}", socket.display());
     let Ok(processes) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };

@@ -27,7 +27,7 @@ use whimbrel_wire::message::{Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode,
 use super::arrival::Arrival;
 use super::arrivals::{Arrivals, RamIn, RamSink};
 use super::board::Board;
-use super::landing::Landing;
+use super::landing::{Landing, Plan};
 use super::lane::LinkEvent;
 use super::peeks::Peeks;
 use super::record::{MigrationJournal, mark_over};
@@ -596,7 +596,7 @@ impl Incoming {
             drop(landing);
             plan.undo(&self.setup.host).await;
         }
-        let _ = tokio::fs::remove_file(self.folder().join("landing.json")).await;
+        Plan::forget(&self.folder());
     }
 
     async fn finish(&mut self, phase: Phase) {

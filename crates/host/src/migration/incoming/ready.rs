@@ -12,7 +12,7 @@ use whimbrel_wire::message::{Layout, Message, RamMode};
 
 use super::Incoming;
 use crate::disk::{Disk, Mode};
-use crate::machine::{Boot, start};
+use crate::machine::{Boot, ram_in_socket, start};
 use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::Plan;
@@ -161,15 +161,9 @@ impl Incoming {
     }
 
     pub(super) fn ram_socket(&self) -> PathBuf {
-        let folder = self.setup.host.state.machine_folder(
-            &self
-                .landing
-                .as_ref()
-                .expect("a layout is taken only after making ready")
-                .plan()
-                .spec
-                .name,
-        );
-        folder.join("ram.sock")
+        let landing = self.landing.as_ref();
+        let landing = landing.expect("memory is taken only after making ready");
+        let state = &self.setup.host.state;
+        ram_in_socket(&state.machine_folder(&landing.plan().spec.name))
     }
 }

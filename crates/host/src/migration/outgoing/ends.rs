@@ -33,7 +33,7 @@ impl Outgoing {
         }
         if self.taken_up
             && let Some(qmp) = &self.setup.qmp
-            && let Err(error) = take_back(qmp, &self.setup.ram_socket).await
+            && let Err(error) = take_back(qmp, &self.ram_socket()).await
         {
             self.not_resumed(&error);
         }

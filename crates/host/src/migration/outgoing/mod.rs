@@ -14,6 +14,7 @@ mod stop;
 pub use again::offer_again;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::MigrationState;
 use crate::disk::Disk;
 use crate::host::Host;
+use crate::machine::ram_out_socket;
 use crate::machines::Machine;
 use crate::state::{MachineRuntime, MachineSpec, Timestamp};
 use offer::offer_disks;
@@ -87,8 +89,6 @@ pub struct Setup {
     pub ram: RamMode,
     pub hold: bool,
     pub ram_changes: watch::Sender<bool>,
-    /// Where QEMU is to send its memory.
-    pub ram_socket: std::path::PathBuf,
 }
 
 /// A migration away from here.
@@ -207,7 +207,7 @@ impl Outgoing {
         tracing::info!(migration = %self.board().view().id, "session over");
     }
 
-    fn folder(&self) -> std::path::PathBuf {
+    fn folder(&self) -> PathBuf {
         let id = self.board().view().id;
         self.setup.host.state.migration_folder(&id)
     }
@@ -566,7 +566,7 @@ impl Outgoing {
 
     /// QEMU starts to send its memory here.
     async fn start_copy(&mut self) {
-        let options = SourceOptions::new(self.setup.ram_socket.clone());
+        let options = SourceOptions::new(self.ram_socket());
         let Some(qmp) = self.setup.qmp.clone() else {
             return self.fail(ErrorCode::Qemu, "the source's QEMU is gone");
         };
@@ -608,6 +608,12 @@ impl Outgoing {
             blocks: blocks.collect(),
         });
         self.setup.link.mouth.say(message).await;
+    }
+
+    /// Where QEMU is to send its memory.
+    fn ram_socket(&self) -> PathBuf {
+        let state = &self.setup.host.state;
+        ram_out_socket(&state.machine_folder(&self.setup.machine.name))
     }
 
     fn ram_space(&self, block: usize) -> SpaceId {
