@@ -34,7 +34,11 @@ impl Outgoing {
             // Also while the answer to the grant is unknown: a destination that has accepted may need memory
             // to load the device state, and answers only when its guest runs. One that has not keeps what
             // comes waiting, and throws it away when it refuses.
-            Phase::Grant | Phase::Drain => outgoing.todo.push_back(Action::Drain),
+            Phase::Grant | Phase::Drain => {
+                let board = outgoing.board();
+                board.tell("a restarted daemon goes on with the migration");
+                outgoing.todo.push_back(Action::Drain);
+            }
             Phase::Complete => outgoing.todo.push_back(Action::Finish(Phase::Complete)),
             // Only to be told of: what was to be done has been.
             phase @ (Phase::Cancel | Phase::Rewind) => outgoing.over = Some(phase),
@@ -43,10 +47,6 @@ impl Outgoing {
         let spaces = outgoing.setup.flow.infos();
         outgoing.empties_said = spaces.iter().map(|info| info.id).collect();
         outgoing.switch = source;
-        outgoing
-            .setup
-            .board
-            .tell("a restarted daemon goes on with the migration");
         outgoing
     }
 }
