@@ -207,9 +207,8 @@ pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<Backend
 
 /// An opened volume as a disk, to be served as the mode says; what a guest reads and writes of it is logged.
 pub fn disk_of(host: &Host, record: &VolumeRecord, file: Arc<Backend>, mode: Mode) -> Arc<Disk> {
-    let heat = host.heat.of(&host.state, record);
-    let name = record.name.to_string();
-    Arc::new(Disk::new(name, record.size, file, mode, heat))
+    let disk = Disk::new(record.name.to_string(), record.size, file, mode);
+    Arc::new(disk.watched(host.heat.of(&host.state, record)))
 }
 
 /// All machines of this host, by name.

@@ -59,24 +59,34 @@ pub struct Disk {
     mode: RwLock<Mode>,
     /// A guest has written or flushed since the mode last let it: proof that it ran here.
     touched: AtomicBool,
-    /// Where the guest's reads and writes are logged.
-    heat: Arc<Heat>,
+    /// Where the guest's reads and writes are logged, if anywhere.
+    heat: Option<Arc<Heat>>,
 }
 
 impl Disk {
-    pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode, heat: Arc<Heat>) -> Self {
+    pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode) -> Self {
         Disk {
             name,
             size,
             file,
             mode: RwLock::new(mode),
             touched: AtomicBool::new(false),
-            heat,
+            heat: None,
+        }
+    }
+
+    /// The same disk, whose reads and writes are logged.
+    pub fn watched(self, heat: Arc<Heat>) -> Self {
+        Disk {
+            heat: Some(heat),
+            ..self
         }
     }
 
     fn log(&self, kind: AccessKind, offset: u64, len: u64) {
-        self.heat.log(kind, offset, len);
+        if let Some(heat) = &self.heat {
+            heat.log(kind, offset, len);
+        }
     }
 
     pub fn name(&self) -> &str {
