@@ -7,6 +7,7 @@ use whimbrel_peer::hello::{Class, Hello, SessionId, Speaker, VersionRange};
 use whimbrel_peer::identity::Identity;
 use whimbrel_peer::socket::SocketSettings;
 use whimbrel_peer::trust::{PeerName, TrustStore};
+use whimbrel_wire::message::FEATURES;
 
 /// The versions of the peer protocol this build speaks.
 pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
@@ -20,7 +21,7 @@ pub fn speaker(host: &str) -> Speaker {
     Speaker {
         versions: PROTOCOL,
         software: format!("whimbrel {}", env!("CARGO_PKG_VERSION")),
-        features: 0,
+        features: FEATURES,
         host: host.to_string(),
     }
 }

@@ -13,6 +13,7 @@
 //! units: demanded and pushed           -->
 //!                                      <--   Own(Accepted), Ran(when)
 //! Empty(what has no content)           -->
+//! Heat(what the guest used most)       -->
 //!                                      <--   Demand, Forget
 //!                                      <--   Digest (per stretch of disk)
 //! DigestAnswer                         -->
@@ -38,6 +39,18 @@ pub const MAX_PEEK: u32 = 256 << 10;
 
 /// Most bytes of device state in a grant, unpacked. A large machine has a few megabytes.
 pub const MAX_DEVICE_STATE: usize = 64 << 20;
+
+/// Most extents of a disk one [`Message::Heat`] tells of: 128 GiB, 512 KiB unpacked.
+pub const MAX_HEAT_EXTENTS: u64 = 1 << 17;
+
+/// The feature bit of peers that say and hear [`Message::Heat`].
+pub const FEATURE_HEAT: u64 = 1;
+
+/// The features of this version.
+pub const FEATURES: u64 = FEATURE_HEAT;
+
+/// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
+pub type HeatCount = (u16, u16);
 
 /// How RAM travels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -202,6 +215,15 @@ pub enum Message {
     },
     /// How the destination fares, for the source's status.
     Fares(Fares),
+    /// How much a stretch of a disk was used at the source, in extents of 1 MiB from extent `first` on.
+    /// Needs [`FEATURE_HEAT`].
+    Heat {
+        space: SpaceId,
+        first: u64,
+        extents: u64,
+        /// See [`pack_heat`].
+        packed: Vec<u8>,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -232,11 +254,23 @@ pub enum MessageError {
     TooManyUnits { units: u64 },
     #[error("packed bitmap of {units} units does not unpack to that many")]
     BadBitmap { units: u64 },
+    #[error("heat of {extents} extents, more than {MAX_HEAT_EXTENTS}")]
+    TooManyExtents { extents: u64 },
+    #[error("packed heat of {extents} extents does not unpack to that many")]
+    BadHeat { extents: u64 },
     #[error("packed data does not unpack to at most {limit} bytes")]
     Unpack { limit: usize },
 }
 
 impl Message {
+    /// The feature bits that both sides must have set for this message to be said.
+    pub fn feature(&self) -> u64 {
+        match self {
+            Message::Heat { .. } => FEATURE_HEAT,
+            _ => 0,
+        }
+    }
+
     pub fn encode(&self) -> Vec<u8> {
         postcard::to_stdvec(self).expect("messages hold nothing that postcard cannot write")
     }
@@ -266,6 +300,9 @@ impl Message {
             {
                 return Err(MessageError::TooManyUnits { units: *units });
             }
+            Message::Heat { extents, .. } if *extents > MAX_HEAT_EXTENTS => {
+                return Err(MessageError::TooManyExtents { extents: *extents });
+            }
             _ => {}
         }
         Ok(message)
@@ -288,6 +325,29 @@ pub fn unpack_bitmap(
     let bytes = unpack(packed, units.div_ceil(64) as usize * 8)?;
     whimbrel_engine::set::UnitSet::from_bytes(units, &bytes)
         .ok_or(MessageError::BadBitmap { units })
+}
+
+/// Packs heat for a message: per extent reads, then writes, little-endian.
+pub fn pack_heat(counts: &[HeatCount]) -> Vec<u8> {
+    let both = counts.iter().flat_map(|&(reads, writes)| [reads, writes]);
+    let bytes: Vec<u8> = both.flat_map(u16::to_le_bytes).collect();
+    pack(&bytes)
+}
+
+/// Unpacks heat of exactly `extents` extents.
+pub fn unpack_heat(extents: u64, packed: &[u8]) -> Result<Vec<HeatCount>, MessageError> {
+    if extents > MAX_HEAT_EXTENTS {
+        return Err(MessageError::TooManyExtents { extents });
+    }
+    let bytes = unpack(packed, extents as usize * 4)?;
+    if bytes.len() != extents as usize * 4 {
+        return Err(MessageError::BadHeat { extents });
+    }
+    let count = |b: &[u8]| {
+        let half = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
+        (half(0), half(2))
+    };
+    Ok(bytes.chunks_exact(4).map(count).collect())
 }
 
 /// Packs bytes for a message, with zstd's fastest real level.
@@ -328,6 +388,13 @@ mod tests {
             runs: vec![Extent::new(300, 2)],
         };
         assert_eq!(demand.encode(), [11, 1, 1, 0xac, 2, 2]);
+        let heat = Message::Heat {
+            space: SpaceId(1),
+            first: 300,
+            extents: 2,
+            packed: vec![7],
+        };
+        assert_eq!(heat.encode(), [22, 1, 0xac, 2, 2, 1, 7]);
     }
 
     #[test]
@@ -349,6 +416,32 @@ mod tests {
     }
 
     #[test]
+    fn heat_of_another_number_of_extents_than_is_said_is_refused() {
+        let packed = pack_heat(&[(1, 2), (3, 4)]);
+        assert_eq!(unpack_heat(2, &packed), Ok(vec![(1, 2), (3, 4)]));
+        for extents in [0, 1, 3, MAX_HEAT_EXTENTS + 1] {
+            assert!(unpack_heat(extents, &packed).is_err(), "{extents}");
+        }
+    }
+
+    #[test]
+    fn heat_of_a_whole_stretch_fits_a_frame_however_it_is() {
+        let mut seed = 1u64;
+        let mut next = || {
+            seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            (seed >> 32) as u16
+        };
+        let counts: Vec<HeatCount> = (0..MAX_HEAT_EXTENTS).map(|_| (next(), next())).collect();
+        let message = Message::Heat {
+            space: SpaceId(u16::MAX),
+            first: u64::MAX,
+            extents: MAX_HEAT_EXTENTS,
+            packed: pack_heat(&counts),
+        };
+        assert!(message.encode().len() < crate::frame::MAX_PAYLOAD);
+    }
+
+    #[test]
     fn a_bitmap_comes_back_as_it_went() {
         let mut set = UnitSet::empty(1000);
         set.insert(Extent::new(3, 500));
@@ -360,6 +453,7 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = Message::decode(&bytes);
             let _ = unpack_bitmap(512, &bytes);
+            let _ = unpack_heat(512, &bytes);
         }
     }
 }

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use tokio::sync::RwLock;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::Backend;
-use whimbrel_volume::heat::AccessKind;
+use whimbrel_volume::heat::{AccessKind, AccessLog};
 
 use crate::volumes::heat::Heat;
 
@@ -100,6 +100,11 @@ impl Disk {
 
     pub fn file(&self) -> &Arc<Backend> {
         &self.file
+    }
+
+    /// What the guest reads and writes of it, if that is logged.
+    pub fn heat(&self) -> Option<&AccessLog> {
+        self.heat.as_ref().map(|heat| heat.access_log())
     }
 
     /// Whether the guest has written since the mode was last set.

@@ -131,7 +131,7 @@ async fn live(
     let end = stop.child_token();
     let mut tasks = JoinSet::new();
     life.arrivals.begin_life();
-    let outbox = life.mouth.open();
+    let outbox = life.mouth.open(connection.agreed().features);
     let (pongs, pong_queue) = mpsc::channel(8);
     let (sender, receiver) = connection.split();
     life.pulse.up();

@@ -150,7 +150,7 @@ async fn live(connection: Connection, life: &Life, stop: &CancellationToken) -> 
     life.gear.flow.begin_life();
     let (told, _) = watch::channel(false);
     let told = Arc::new(told);
-    let outbox = life.mouth.open();
+    let outbox = life.mouth.open(connection.agreed().features);
     let (pongs, pong_queue) = mpsc::channel(8);
     let (sender, receiver) = connection.split();
     life.pulse.up();

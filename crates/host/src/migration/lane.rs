@@ -58,14 +58,22 @@ pub enum LinkEvent {
 /// again by the state machines when there is one.
 #[derive(Clone, Default)]
 pub struct Mouth {
-    now: Arc<Mutex<Option<mpsc::Sender<Message>>>>,
+    now: Arc<Mutex<Option<Outbox>>>,
+}
+
+#[derive(Clone)]
+struct Outbox {
+    sender: mpsc::Sender<Message>,
+    features: u64,
 }
 
 impl Mouth {
-    /// Opens a new outbox, voiding what the last one still held.
-    pub fn open(&self) -> mpsc::Receiver<Message> {
+    /// Opens a new outbox for a connection with the features agreed on, voiding what the last one still
+    /// held.
+    pub fn open(&self, features: u64) -> mpsc::Receiver<Message> {
         let (sender, receiver) = mpsc::channel(OUTBOX);
-        *self.now.lock().expect("no holder of this lock panics") = Some(sender);
+        let outbox = Outbox { sender, features };
+        *self.now.lock().expect("no holder of this lock panics") = Some(outbox);
         receiver
     }
 
@@ -73,16 +81,17 @@ impl Mouth {
         *self.now.lock().expect("no holder of this lock panics") = None;
     }
 
-    /// Says it if there is a connection; waits while the outbox is full.
+    /// Says it if there is a connection, and the peer knows such messages; waits while the outbox is full.
     pub async fn say(&self, message: Message) {
-        let sender = self
+        let outbox = self
             .now
             .lock()
             .expect("no holder of this lock panics")
             .clone();
-        if let Some(sender) = sender {
+        let needed = message.feature();
+        if let Some(outbox) = outbox.filter(|outbox| outbox.features & needed == needed) {
             // An outbox whose connection broke meanwhile takes nothing, which is as good as no outbox.
-            let _ = sender.send(message).await;
+            let _ = outbox.sender.send(message).await;
         }
     }
 }
@@ -202,6 +211,35 @@ pub async fn until_first_ends(
         Some(Err(panic)) => {
             tracing::error!(%panic, "a task of the session panicked");
             LaneError::Closed
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use whimbrel_engine::space::SpaceId;
+    use whimbrel_wire::message::FEATURE_HEAT;
+
+    #[tokio::test]
+    async fn a_peer_is_not_told_what_it_does_not_know() {
+        let heat = Message::Heat {
+            space: SpaceId(0),
+            first: 0,
+            extents: 0,
+            packed: Vec::new(),
+        };
+        let mouth = Mouth::default();
+        for (features, heard) in [
+            (0, vec![Message::HaveEnd]),
+            (FEATURE_HEAT, vec![heat.clone(), Message::HaveEnd]),
+        ] {
+            let mut outbox = mouth.open(features);
+            mouth.say(heat.clone()).await;
+            mouth.say(Message::HaveEnd).await;
+            for message in heard {
+                assert_eq!(outbox.try_recv(), Ok(message));
+            }
         }
     }
 }

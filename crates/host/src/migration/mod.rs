@@ -18,6 +18,7 @@ pub mod board;
 pub mod departure;
 pub mod flow;
 mod governor;
+mod heat;
 pub mod incoming;
 pub mod landing;
 mod lane;

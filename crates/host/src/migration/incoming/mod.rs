@@ -17,16 +17,19 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{SpaceKind, UNIT};
+use whimbrel_engine::space::{SpaceId, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
 use whimbrel_qemu::stream::StreamLayout;
-use whimbrel_wire::message::{Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack};
+use whimbrel_wire::message::{
+    Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack, unpack_heat,
+};
 
 use super::arrival::Arrival;
 use super::arrivals::{Arrivals, RamIn, RamSink};
 use super::board::Board;
+use super::heat;
 use super::landing::{Landing, Plan};
 use super::lane::LinkEvent;
 use super::peeks::Peeks;
@@ -247,6 +250,12 @@ impl Incoming {
                     mouth.say(Message::RamTaken).await;
                 });
             }
+            Message::Heat {
+                space,
+                first,
+                extents,
+                packed,
+            } => self.take_heat(space, first, extents, &packed).await,
             Message::DigestAnswer { space, first, same } => {
                 self.answers.answer(space, first, same);
             }
@@ -476,6 +485,19 @@ impl Incoming {
         self.machine = Some(machine);
         self.watch_ram();
         self.watch_disks();
+    }
+
+    /// The source says how hot a disk is: a hint, of use only while a guest uses the disk.
+    async fn take_heat(&self, space: SpaceId, first: u64, extents: u64, packed: &[u8]) {
+        let Some(machine) = &self.machine else { return };
+        let standing = machine.lock().await;
+        let mut disks = standing.running.iter().flat_map(|running| &running.disks);
+        if let Some(disk) = disks.nth(usize::from(space.0))
+            && let Some(log) = disk.heat()
+            && let Ok(said) = unpack_heat(extents, packed)
+        {
+            heat::warm(log, disk.size(), first, &said);
+        }
     }
 
     fn watch_ram(&mut self) {

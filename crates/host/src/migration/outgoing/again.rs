@@ -46,6 +46,7 @@ impl Outgoing {
         }
         let spaces = outgoing.setup.flow.infos();
         outgoing.empties_said = spaces.iter().map(|info| info.id).collect();
+        outgoing.heat_said = true;
         outgoing.switch = source;
         outgoing
     }

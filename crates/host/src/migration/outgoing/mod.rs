@@ -114,6 +114,8 @@ pub struct Outgoing {
     refusal: Option<String>,
     ram_taken: bool,
     empties_said: Vec<SpaceId>,
+    /// The destination was told how hot the disks are, and is again whenever it may not have heard.
+    heat_said: bool,
     tasks: Vec<AbortOnDropHandle<()>>,
     fares: Fares,
     blackout: Option<Duration>,
@@ -152,6 +154,7 @@ impl Outgoing {
             refusal: None,
             ram_taken: false,
             empties_said: Vec::new(),
+            heat_said: false,
             tasks: Vec::new(),
             fares: Fares::default(),
             blackout: None,
@@ -273,6 +276,9 @@ impl Outgoing {
                 self.event(SourceEvent::LinkUp);
                 for space in std::mem::take(&mut self.empties_said) {
                     self.say_empty(space).await;
+                }
+                if self.heat_said {
+                    self.say_heat().await;
                 }
             }
             LinkEvent::Down(error) => {

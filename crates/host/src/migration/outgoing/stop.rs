@@ -18,7 +18,7 @@ use super::offer::release_disk;
 use crate::api::error::ErrorCode;
 use crate::disk::Mode;
 use crate::migration::flow::Flow;
-use crate::migration::spaces;
+use crate::migration::{heat, spaces};
 
 /// Grain in which arriving stale pages are noticed.
 const STALE_POLL: Duration = Duration::from_millis(4);
@@ -121,13 +121,26 @@ impl Outgoing {
             release_disk(&self.setup.flow, disk, space, &self.setup.board).await;
             self.say_empty(space).await;
         }
-        if self.ram_mode == RamMode::Precopy {
-            // Its zeroes went the way of its content.
-            return;
+        // With a pre-copy its zeroes went the way of its content.
+        if self.ram_mode != RamMode::Precopy {
+            let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
+            for block in 0..blocks {
+                self.say_empty(self.ram_space(block)).await;
+            }
         }
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        for block in 0..blocks {
-            self.say_empty(self.ram_space(block)).await;
+        self.say_heat().await;
+    }
+
+    /// Tells the destination how hot the disks are.
+    pub(super) async fn say_heat(&mut self) {
+        self.heat_said = true;
+        for (n, disk) in self.setup.disks.iter().enumerate() {
+            let heat = disk
+                .heat()
+                .map(|log| heat::messages(spaces::disk_id(n), log));
+            for message in heat.into_iter().flatten() {
+                self.setup.link.mouth.say(message).await;
+            }
         }
     }
 
