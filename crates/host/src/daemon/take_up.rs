@@ -322,10 +322,11 @@ impl Daemon {
             mark_over(folder);
             return Ok(());
         }
-        let disks = if source.phase() == Phase::Complete {
-            Vec::new()
+        // What is complete needs nothing from here any more.
+        let (disks, layout) = if source.phase() == Phase::Complete {
+            (Vec::new(), None)
         } else {
-            open_disks(&self.host, &spec).await?
+            (open_disks(&self.host, &spec).await?, read_layout(folder))
         };
         for disk in &disks {
             disk.set_mode(Mode::Frozen).await;
@@ -343,7 +344,6 @@ impl Daemon {
         }
         let qmp = running.as_ref().map(|running| running.qmp.clone());
         let pid = running.as_ref().map(|running| running.process.pid);
-        let layout = read_layout(folder);
         // What the epoch was when it was promised; `departed` goes on from it.
         runtime.epoch = granted_from(&journal);
         let standing = Machine::new(spec.clone(), runtime.clone(), running);

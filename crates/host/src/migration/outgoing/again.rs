@@ -65,9 +65,7 @@ pub async fn offer_again(
     for (n, disk) in disks.iter().enumerate() {
         release_disk(flow, disk, spaces::disk_id(n), board).await;
     }
-    let Some(layout) = layout.filter(|_| !disks.is_empty()) else {
-        return;
-    };
+    let Some(layout) = layout else { return };
     let opened = match (qmp, pid) {
         (Some(qmp), Some(pid)) => PausedRam::open(qmp, pid, layout)
             .await
@@ -86,13 +84,8 @@ pub async fn offer_again(
     for (block, info) in spaces::ram(disks.len(), layout).enumerate() {
         let (space, name, units) = (info.id, info.name.clone(), info.units());
         let reader = ram.clone();
-        flow.add(
-            info,
-            Content::Ram {
-                ram: ram.clone(),
-                block,
-            },
-        );
+        let ram = ram.clone();
+        flow.add(info, Content::Ram { ram, block });
         let live = tokio::task::spawn_blocking(move || content_of(&reader, block, units)).await;
         match live {
             Ok(Ok(live)) => flow.change(|out| out.offer_set(space, &live)),
