@@ -153,10 +153,16 @@ impl SpaceIn {
         guest_owned: UnitSet,
         partial: BTreeMap<u64, u8>,
     ) -> Self {
+        // A unit of which some sectors are here has a record of those, not of its residency: the write that
+        // completes it, or the one after the copy of its rest was stored, must have a record of its own.
+        let mut journalled = guest_owned.clone();
+        for &unit in partial.keys() {
+            journalled.remove(Extent::unit(unit));
+        }
         SpaceIn {
             info,
             resident,
-            journalled: guest_owned.clone(),
+            journalled,
             guest_owned,
             partial,
             busy: BTreeMap::new(),
