@@ -15,6 +15,7 @@
 
 pub mod error;
 pub mod guest;
+pub mod kills;
 pub mod net;
 pub mod pair;
 mod priority;

@@ -1,5 +1,6 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
+mod kills;
 mod nbd;
 mod soak;
 
@@ -10,6 +11,8 @@ use std::process::ExitCode;
 pub enum Bench {
     /// Many moves under different links and loads; no error is allowed
     Soak(soak::SoakArgs),
+    /// Daemons killed under `fio --verify` while a volume is relocated; nothing may be lost
+    Kills(kills::KillsArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
     Nbd(nbd::NbdArgs),
     /// Serve one file as `bench nbd` wants it served
@@ -21,6 +24,7 @@ impl Bench {
     pub fn run(&self) -> ExitCode {
         match self {
             Bench::Soak(args) => soak::run(args),
+            Bench::Kills(args) => kills::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }

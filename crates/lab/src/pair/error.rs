@@ -58,6 +58,8 @@ pub enum PairError {
         after: Duration,
         last: String,
     },
+    #[error("`{program}`: {said}")]
+    Helper { program: &'static str, said: String },
     #[error("the migration ended before {awaited}: {end}")]
     EndedEarly { awaited: &'static str, end: String },
 }

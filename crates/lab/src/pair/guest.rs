@@ -29,6 +29,9 @@ pub struct GuestSpec {
     pub name: String,
     pub memory_mib: u32,
     pub disk: DiskSpec,
+    /// Volumes beside its own that its machine has as disks, after it; the guest leaves them alone. Whoever
+    /// names them makes them.
+    pub more_volumes: Vec<String>,
     /// What it does; its network is filled in.
     pub params: Params,
     /// QEMU's machine type; `q35` without one.
@@ -46,6 +49,7 @@ impl GuestSpec {
             name: name.to_owned(),
             memory_mib: 512,
             disk: DiskSpec::default(),
+            more_volumes: Vec::new(),
             params,
             machine_type: None,
         }
@@ -164,10 +168,16 @@ impl Guest {
             Some(name) => format!("machine_type = {name:?}\n"),
             None => String::new(),
         };
+        let more: String = self
+            .spec
+            .more_volumes
+            .iter()
+            .map(|volume| format!("[[disk]]\nvolume = {volume:?}\n\n"))
+            .collect();
         format!(
             "name = {name:?}\nmemory = \"{memory_mib}MiB\"\naccel = \"tcg\"\n{machine_type}\
              kernel = {:?}\ninitrd = {:?}\nappend = {append:?}\nextra_args = [\"-no-reboot\"]\n\n\
-             [[disk]]\nvolume = {name:?}\n\n[[nic]]\nnetwork = \"{NETWORK}\"\n",
+             [[disk]]\nvolume = {name:?}\n\n{more}[[nic]]\nnetwork = \"{NETWORK}\"\n",
             self.boot.kernel, self.boot.initramfs,
         )
     }
