@@ -255,6 +255,11 @@ pub enum MachineCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Let a guest go on that a disk's error paused; its requests are made again
+    Resume {
+        /// The machine
+        name: Name,
+    },
     /// Take over a QEMU that runs already
     Adopt {
         /// The description that fits it

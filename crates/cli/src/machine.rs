@@ -24,6 +24,9 @@ pub async fn machine(context: &Context, command: MachineCommand) -> Result<(), C
                 .post(&format!("/v1/machines/{name}/stop"), &StopRequest { force })
                 .await?
         }
+        MachineCommand::Resume { name } => {
+            client.order(&format!("/v1/machines/{name}/resume")).await?
+        }
         MachineCommand::Adopt { file, qmp } => {
             let request = AdoptRequest {
                 spec: MachineSpec::read(&file)?,

@@ -241,6 +241,7 @@ pub fn machine(m: &MachineView) -> String {
     pairs(&[
         ("name", m.name.to_string()),
         ("status", status(m.status).to_string()),
+        ("paused", m.paused_because.clone().unwrap_or_default()),
         ("ownership", m.ownership.to_string()),
         ("epoch", m.epoch.0.to_string()),
         ("pid", m.pid.map_or(String::new(), |p| p.to_string())),

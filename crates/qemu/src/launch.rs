@@ -37,10 +37,32 @@ pub struct Drive {
     pub name: String,
     pub socket: PathBuf,
     pub export: String,
-    /// Seconds QEMU holds requests while the daemon is away, before they fail (and, by
-    /// `werror=stop`, pause the guest).
+    /// Seconds QEMU holds requests while the daemon is away, before they fail.
     pub reconnect_delay: u32,
     pub read_only: bool,
+    pub on_error: OnError,
+}
+
+/// What QEMU does when a disk fails a guest's request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// Pauses the guest; its request is made again when it is resumed.
+    Stop,
+    /// Pauses it if room is lacking, reports everything else to it.
+    Enospc,
+    /// Tells the guest.
+    Report,
+}
+
+impl OnError {
+    /// QEMU's `werror` and `rerror`.
+    fn words(self) -> (&'static str, &'static str) {
+        match self {
+            OnError::Stop => ("stop", "stop"),
+            OnError::Enospc => ("enospc", "report"),
+            OnError::Report => ("report", "report"),
+        }
+    }
 }
 
 /// A network card: virtio on an existing TAP device.
@@ -191,12 +213,13 @@ impl Drive {
                 "cache": { "direct": true, "no-flush": false },
             },
         });
+        let (werror, rerror) = self.on_error.words();
         let device = json!({
             "driver": "virtio-blk-pci",
             "id": format!("virtio-{}", self.name),
             "drive": self.name,
-            "werror": "stop",
-            "rerror": "stop",
+            "werror": werror,
+            "rerror": rerror,
         });
         args.add("-blockdev", blockdev.to_string());
         args.add("-device", device.to_string());

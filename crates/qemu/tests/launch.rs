@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use whimbrel_qemu::info::{PhysicalMap, info};
-use whimbrel_qemu::launch::{Drive, LaunchSpec, Nic, probe};
+use whimbrel_qemu::launch::{Drive, LaunchSpec, Nic, OnError, probe};
 
 /// An NBD server for one file, killed at the end.
 struct Server(Child);
@@ -62,6 +62,7 @@ async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
             export: "vm 1/root".into(),
             reconnect_delay: 30,
             read_only: false,
+            on_error: OnError::Stop,
         }],
         nics: vec![Nic {
             name: "nic0".into(),

@@ -149,6 +149,7 @@ pub fn sample_machine() -> MachineView {
             size: Some(1 << 30),
         }],
         nics: Vec::new(),
+        paused_because: None,
         migration: Some(called("m-1")),
     }
 }
@@ -447,6 +448,11 @@ impl Service for FakeService {
             ..sample_machine()
         };
         self.known(name.as_str(), "web1", stopped)
+    }
+
+    async fn resume_machine(&self, name: Name) -> Result<MachineView, ApiError> {
+        self.note(format!("resume {name}"));
+        self.known(name.as_str(), "web1", sample_machine())
     }
 
     async fn adopt_machine(&self, request: AdoptRequest) -> Result<MachineView, ApiError> {

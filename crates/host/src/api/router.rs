@@ -84,6 +84,7 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
         )
         .route("/v1/machines/{name}/start", post(start_machine::<S>))
         .route("/v1/machines/{name}/stop", post(stop_machine::<S>))
+        .route("/v1/machines/{name}/resume", post(resume_machine::<S>))
         .route("/v1/machines/{name}/switch", post(switch::<S>))
         .route("/v1/machines/{name}/cancel", post(cancel::<S>))
         .route("/v1/machines/{name}/throttle", post(throttle::<S>))
@@ -406,6 +407,13 @@ async fn stop_machine<S: Service>(
     Said(request): Said<StopRequest>,
 ) -> Answer<MachineView> {
     s.service.stop_machine(name, request).await.map(json)
+}
+
+async fn resume_machine<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+) -> Answer<MachineView> {
+    s.service.resume_machine(name).await.map(json)
 }
 
 async fn undefine_machine<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {

@@ -60,6 +60,8 @@ pub trait Service: Send + Sync + 'static {
     fn define_machine(&self, spec: MachineSpec) -> answer!(MachineView);
     fn start_machine(&self, name: Name) -> answer!(MachineView);
     fn stop_machine(&self, name: Name, request: StopRequest) -> answer!(MachineView);
+    /// Lets a guest go on that a disk's error paused.
+    fn resume_machine(&self, name: Name) -> answer!(MachineView);
     fn adopt_machine(&self, request: AdoptRequest) -> answer!(MachineView);
     fn undefine_machine(&self, name: Name) -> answer!(());
 

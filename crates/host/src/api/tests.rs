@@ -101,6 +101,7 @@ async fn every_operation_reaches_its_method() {
         ("POST", "/v1/machines/web1/start", ""),
         ("POST", "/v1/machines/web1/stop", ""),
         ("POST", "/v1/machines/web1/stop", "{\"force\":true}"),
+        ("POST", "/v1/machines/web1/resume", ""),
         (
             "POST",
             "/v1/adoptions",
@@ -136,6 +137,7 @@ async fn every_operation_reaches_its_method() {
             "start web1",
             "stop web1 force=false",
             "stop web1 force=true",
+            "resume web1",
             "adopt web3 /q",
             "undefine web1",
             "migrate web1 b 80Mbit hold=true Auto",

@@ -322,6 +322,9 @@ pub struct MachineView {
     pub accel: Accel,
     pub disks: Vec<DiskView>,
     pub nics: Vec<NicView>,
+    /// While a disk's error keeps its guest paused: which disk, and which error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_because: Option<String>,
     /// Its migration that goes on, else its last one this host knows of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationId>,

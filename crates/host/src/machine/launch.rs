@@ -5,16 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use whimbrel_qemu::info::{Info, info};
-use whimbrel_qemu::launch::{Drive, Kernel, LaunchSpec, Nic, Probe};
+use whimbrel_qemu::launch::{Drive, Kernel, LaunchSpec, Nic, OnError, Probe};
 use whimbrel_qemu::qmp::Qmp;
 
 use super::{DiskServer, MachineError, Running, Tap, check_socket, disk_socket, qmp_socket};
 use crate::config::Config;
 use crate::disk::Disk;
-use crate::state::{Accel, MachineSpec, QemuProcess, Timestamp, start_ticks};
+use crate::state::{Accel, MachineSpec, OnDiskError, QemuProcess, Timestamp, start_ticks};
 
 /// Seconds for which QEMU holds a guest's disk requests while the daemon is away: an hour, after which
-/// the guest is paused, not failed.
+/// they fail, and the machine's policy for disk errors pauses the guest or tells it.
 const RECONNECT_DELAY: u32 = 3600;
 
 /// How long a monitor that must be there is tried.
@@ -35,7 +35,7 @@ pub async fn probe(config: &Config) -> Result<Probe, MachineError> {
 }
 
 /// The name of disk `n` inside QEMU.
-fn drive_name(n: usize) -> String {
+pub fn drive_name(n: usize) -> String {
     format!("disk{n}")
 }
 
@@ -183,6 +183,11 @@ fn launch_spec(
                 export: disk.volume.to_string(),
                 reconnect_delay: RECONNECT_DELAY,
                 read_only: false,
+                on_error: match spec.on_disk_error {
+                    OnDiskError::Stop => OnError::Stop,
+                    OnDiskError::Enospc => OnError::Enospc,
+                    OnDiskError::Report => OnError::Report,
+                },
             })
             .collect(),
         nics: spec

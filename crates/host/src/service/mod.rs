@@ -1,6 +1,7 @@
 //! The API's operations, done.
 
 pub(crate) mod errors;
+mod paused;
 mod views;
 
 use std::path::Path;
@@ -364,6 +365,15 @@ impl Service for Daemon {
             running.kill().await;
             standing.runtime.process = None;
             save(&self.host, &standing);
+        }
+        Ok(self.machine_view(&machine).await)
+    }
+
+    async fn resume_machine(&self, name: Name) -> Result<MachineView, ApiError> {
+        let machine = self.machine_named(&name)?;
+        {
+            let standing = machine.lock().await;
+            paused::resume(&standing, self.is_migrating(&standing)).await?;
         }
         Ok(self.machine_view(&machine).await)
     }

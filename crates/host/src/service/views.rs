@@ -3,6 +3,7 @@
 use whimbrel_engine::switchover::Phase;
 use whimbrel_peer::trust::PeerName;
 
+use super::paused;
 use crate::api::types::*;
 use crate::daemon::Daemon;
 use crate::machines::{Machine, Standing};
@@ -90,6 +91,7 @@ impl Daemon {
                         .map(str::to_string),
                 })
                 .collect(),
+            paused_because: paused::reason(&standing).await,
             migration: standing.migration.clone(),
         }
     }

@@ -96,6 +96,8 @@ pub struct MachineSpec {
     /// Further arguments for QEMU, as they are.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub extra_args: Vec<String>,
+    #[serde(default, skip_serializing_if = "OnDiskError::is_default")]
+    pub on_disk_error: OnDiskError,
     #[serde(default, rename = "disk", skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskSpec>,
     #[serde(default, rename = "nic", skip_serializing_if = "Vec::is_empty")]
@@ -127,6 +129,26 @@ pub enum Accel {
     Auto,
     Kvm,
     Tcg,
+}
+
+/// What happens to a guest whose disk fails a request: no room, an I/O error underneath, or a daemon that
+/// was away for longer than requests are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDiskError {
+    /// It is paused, and its request is made again when it is resumed: it sees no error.
+    #[default]
+    Stop,
+    /// It is paused if room is lacking, and told of everything else.
+    Enospc,
+    /// It is told.
+    Report,
+}
+
+impl OnDiskError {
+    fn is_default(&self) -> bool {
+        *self == OnDiskError::default()
+    }
 }
 
 /// A network card's address.

@@ -42,7 +42,7 @@ pub use host::{HostRecord, default_host_name};
 pub use lock::StateLock;
 pub use machine::{
     Accel, DiskSpec, MAX_DEVICES, MAX_VCPUS, Mac, MacError, MachineRuntime, MachineSpec, NicSpec,
-    QemuProcess, SpecError, start_ticks,
+    OnDiskError, QemuProcess, SpecError, start_ticks,
 };
 pub use name::{MAX_NAME, MigrationId, Name, NameError};
 pub use peers::trust;
