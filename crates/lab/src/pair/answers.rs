@@ -53,6 +53,8 @@ pub struct MachineView {
     #[serde(default)]
     pub pid: Option<u32>,
     pub machine_type: String,
+    #[serde(default)]
+    pub paused_because: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -32,6 +32,8 @@ pub struct GuestSpec {
     /// Volumes beside its own that its machine has as disks, after it; the guest leaves them alone. Whoever
     /// names them makes them.
     pub more_volumes: Vec<String>,
+    /// The machine's `on_disk_error`; the default without one.
+    pub on_disk_error: Option<String>,
     /// What it does; its network is filled in.
     pub params: Params,
     /// QEMU's machine type; `q35` without one.
@@ -50,6 +52,7 @@ impl GuestSpec {
             memory_mib: 512,
             disk: DiskSpec::default(),
             more_volumes: Vec::new(),
+            on_disk_error: None,
             params,
             machine_type: None,
         }
@@ -168,6 +171,10 @@ impl Guest {
             Some(name) => format!("machine_type = {name:?}\n"),
             None => String::new(),
         };
+        let on_disk_error = match &self.spec.on_disk_error {
+            Some(word) => format!("on_disk_error = {word:?}\n"),
+            None => String::new(),
+        };
         let more: String = self
             .spec
             .more_volumes
@@ -176,7 +183,7 @@ impl Guest {
             .collect();
         format!(
             "name = {name:?}\nmemory = \"{memory_mib}MiB\"\naccel = \"tcg\"\n{machine_type}\
-             kernel = {:?}\ninitrd = {:?}\nappend = {append:?}\nextra_args = [\"-no-reboot\"]\n\n\
+             kernel = {:?}\ninitrd = {:?}\nappend = {append:?}\nextra_args = [\"-no-reboot\"]\n{on_disk_error}\n\
              [[disk]]\nvolume = {name:?}\n\n{more}[[nic]]\nnetwork = \"{NETWORK}\"\n",
             self.boot.kernel, self.boot.initramfs,
         )
