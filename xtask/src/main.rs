@@ -8,6 +8,7 @@ mod arrows;
 mod artifacts;
 mod dependencies;
 mod error;
+mod fuzz;
 mod kernel;
 mod layout;
 mod manifest;
@@ -32,7 +33,7 @@ The project's own commands.
   cargo xtask setup                      find out what this machine lacks and install it, saying what and why
   cargo xtask test [OPTIONS] [FILTER]    everything that CI checks, in order; with FILTER only the tests whose
                                          name contains it
-      --quick                            leave out the licences, the documentation and the tests that boot QEMU
+      --quick                            leave out licences, documentation, fuzzing and the tests that boot QEMU
       --only STEP[,STEP...]              these steps only
       --keep-going                       run the later steps although one failed
       --list                             name the steps and end

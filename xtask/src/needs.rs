@@ -92,6 +92,11 @@ static NEEDS: &[Need] = &[
         "links everything; compiles the C parts of TLS and zstd",
     ),
     need(
+        "g++",
+        Sign::Program("c++"),
+        "builds libFuzzer for the fuzz targets",
+    ),
+    need(
         "libc6-dev",
         Sign::File(&[
             "/usr/lib/x86_64-linux-gnu/libc.a",

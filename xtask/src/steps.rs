@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::process;
 use crate::tools;
 use crate::workspace::Workspace;
-use crate::{arrows, dependencies, layout};
+use crate::{arrows, dependencies, fuzz, layout};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -18,11 +18,12 @@ pub enum Step {
     Clippy,
     Docs,
     Doctests,
+    Fuzz,
     Tests,
 }
 
 impl Step {
-    pub const ALL: [Step; 9] = [
+    pub const ALL: [Step; 10] = [
         Step::Fmt,
         Step::Layout,
         Step::Arrows,
@@ -31,6 +32,7 @@ impl Step {
         Step::Clippy,
         Step::Docs,
         Step::Doctests,
+        Step::Fuzz,
         Step::Tests,
     ];
 
@@ -44,6 +46,7 @@ impl Step {
             Step::Clippy => "clippy",
             Step::Docs => "docs",
             Step::Doctests => "doctests",
+            Step::Fuzz => "fuzz",
             Step::Tests => "tests",
         }
     }
@@ -60,13 +63,16 @@ impl Step {
             Step::Clippy => "lints, all targets, warnings are errors",
             Step::Docs => "the documentation of all crates builds without a warning",
             Step::Doctests => "the examples in the documentation run",
+            Step::Fuzz => {
+                "the fuzz targets of NBD: a minute from the stored seeds, guided by coverage"
+            }
             Step::Tests => "unit, property and end-to-end tests",
         }
     }
 
     /// Left out by `--quick`.
     pub fn is_slow(self) -> bool {
-        matches!(self, Step::Deny | Step::Docs | Step::Doctests)
+        matches!(self, Step::Deny | Step::Docs | Step::Doctests | Step::Fuzz)
     }
 }
 
@@ -82,6 +88,11 @@ pub struct Selection {
 /// The test programs that boot QEMU, as `.config/nextest.toml` has them in its test group.
 const BOOTS_QEMU: &[&str] = &["handover", "guest_", "e2e_", "wan_"];
 
+/// Schedules of the journal's crash test (`crates/volume/src/journal/crash.rs`), which runs few of them by itself.
+const CRASH_SCHEDULES: &str = "WHIMBREL_CRASH_SCHEDULES";
+/// A core's work of about 40 s, beside the guests.
+const ALL_CRASH_SCHEDULES: &str = "10000";
+
 /// Every step but the tests.
 pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
     let mut cargo = workspace.cargo();
@@ -89,6 +100,7 @@ pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
         Step::Layout => return layout::check(workspace),
         Step::Arrows => return arrows::check(workspace),
         Step::Dependencies => return dependencies::check(workspace),
+        Step::Fuzz => return fuzz::run(workspace),
         Step::Fmt => cargo.args(["fmt", "--all", "--check"]),
         Step::Deny => {
             let Some(program) = tools::find_cargo_deny(workspace) else {
@@ -169,6 +181,9 @@ pub fn run_tests(
             .args(["--", "--test-threads=1"]);
     }
     artifacts.export(&mut cargo);
+    if !selection.quick {
+        cargo.env(CRASH_SCHEDULES, ALL_CRASH_SCHEDULES);
+    }
     match process::run(&mut cargo) {
         Err(Error::Child { .. }) => Err(Error::TestsFailed),
         other => other,
