@@ -12,6 +12,7 @@ use std::io::Read;
 use std::sync::Arc;
 
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 use whimbrel_engine::space::Extent;
 
 use super::book::{Book, Fold, Sealed, make_log, sweep};
@@ -375,16 +376,36 @@ impl World {
     }
 }
 
+/// A number of the environment.
+fn given<T: std::str::FromStr>(name: &str) -> Option<T> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
 /// `PROPTEST_CASES`, or few enough for every build.
 fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|v| v.parse().ok());
-    ProptestConfig::with_cases(cases.unwrap_or(500))
+    ProptestConfig::with_cases(given("PROPTEST_CASES").unwrap_or(500))
+}
+
+/// As [`config`], or as many as `WHIMBREL_CRASH_SCHEDULES` says; from the seed in `WHIMBREL_CRASH_SEED`, or from
+/// one of the clock. Both are printed, so that a run can be had again.
+fn many() -> ProptestConfig {
+    let few = config();
+    let cases = given("WHIMBREL_CRASH_SCHEDULES").unwrap_or(few.cases);
+    let clock = || {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.map_or(1, |time| time.as_nanos() as u64)
+    };
+    let seed = given("WHIMBREL_CRASH_SEED").unwrap_or_else(clock);
+    println!("WHIMBREL_CRASH_SCHEDULES={cases} WHIMBREL_CRASH_SEED={seed}");
+    ProptestConfig {
+        cases,
+        rng_seed: RngSeed::Fixed(seed),
+        ..few
+    }
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(many())]
 
     #[test]
     fn no_crash_makes_the_journal_lie(seed: u64, ops in proptest::collection::vec(op(), 1..150)) {
@@ -396,6 +417,11 @@ proptest! {
         world.crash(true);
         world.crash(true);
     }
+
+}
+
+proptest! {
+    #![proptest_config(config())]
 
     #[test]
     fn damage_is_told_or_survived_never_believed(
