@@ -73,7 +73,7 @@ pub async fn resume(standing: &Standing, migrating: bool) -> Result<(), ApiError
         .qmp
         .execute("query-status", json!({}))
         .await
-        .map_err(|e| of(e.into()))?;
+        .map_err(of)?;
     // What paused it for another reason is whoever did it to undo.
     if status["status"] != IO_ERROR {
         let now = status["status"].as_str().unwrap_or("unknown");
@@ -81,11 +81,7 @@ pub async fn resume(standing: &Standing, migrating: bool) -> Result<(), ApiError
             "machine `{name}` was not paused by a disk's error: QEMU says `{now}`"
         ));
     }
-    running
-        .qmp
-        .execute("cont", json!({}))
-        .await
-        .map_err(|e| of(e.into()))?;
+    running.qmp.execute("cont", json!({})).await.map_err(of)?;
     Ok(())
 }
 
