@@ -3,24 +3,36 @@
 //! Nothing is lost by such a pause: QEMU keeps the request and makes it again when the guest goes on. If what
 //! failed it still does, the guest is paused again at once.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use crate::api::{ApiError, ErrorCode};
-use crate::machine::drive_name;
+use crate::machine::{Running, drive_name};
 use crate::machines::Standing;
 use crate::state::Ownership;
 
 /// QEMU's word for a guest that it paused because of a disk.
 const IO_ERROR: &str = "io-error";
 
+/// How long a QEMU that is only looked at may take: one whose own thread waits for a page of its guest
+/// answers nothing until the page has come.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// What QEMU answers to a question, unless it fails or does not answer in time.
+pub async fn ask(running: &Running, question: &str) -> Option<Value> {
+    let answer = running.qmp.execute(question, json!({}));
+    tokio::time::timeout(LOOK, answer).await.ok()?.ok()
+}
+
 /// Which disks failed, and how; `None` unless that is why the guest is paused.
 pub async fn reason(standing: &Standing) -> Option<String> {
     let running = standing.running.as_ref().filter(|r| !r.has_ended())?;
-    let status = running.qmp.execute("query-status", json!({})).await.ok()?;
+    let status = ask(running, "query-status").await?;
     if status["status"] != IO_ERROR {
         return None;
     }
-    let blocks = running.qmp.execute("query-block", json!({})).await.ok();
+    let blocks = ask(running, "query-block").await;
     let told: Vec<String> = standing
         .spec
         .disks

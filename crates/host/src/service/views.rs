@@ -148,11 +148,8 @@ async fn status_of(standing: &Standing) -> MachineStatus {
         (Ownership::Departed { .. }, _) => MachineStatus::Departed,
         (_, Some(running)) if running.has_ended() => MachineStatus::Crashed,
         (_, Some(running)) => {
-            let status = running
-                .qmp
-                .execute("query-status", serde_json::json!({}))
-                .await;
-            match status.ok().and_then(|s| s["running"].as_bool()) {
+            let status = paused::ask(running, "query-status").await;
+            match status.and_then(|s| s["running"].as_bool()) {
                 Some(true) => MachineStatus::Running,
                 _ => MachineStatus::Paused,
             }
