@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use whimbrel_lab::net::{Host, LabSpec};
-use whimbrel_lab::pair::answers::{MachineStatus, MachineView, Phase};
+use whimbrel_lab::pair::answers::{MachineStatus, MachineView, Phase, SpaceKind};
 use whimbrel_lab::pair::{Guest, GuestSpec, PairSpec};
 use whimbrel_lab::process::Process;
 use whimbrel_lab::wan::WanSpec;
@@ -178,7 +178,11 @@ fn a_destination_that_fills_up_in_the_drain_pauses_the_guest_and_completes_when_
     let mut guest = scene.guest_on(Host::A);
     let args = ["migrate", NAME, "--to", "host-b"];
     let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
-    let draining = follow.until("the drain", MOVE_WITHIN, |view| view.phase == Phase::Drain);
+    // With memory still on its way, QEMU might wait for a page that the broken link does not bring, and say nothing.
+    let draining = follow.until("memory in the drain", MOVE_WITHIN, |view| {
+        let mut ram = view.spaces.iter().filter(|s| s.kind == SpaceKind::Ram);
+        view.phase == Phase::Drain && ram.all(|s| s.units_resident >= s.units_live)
+    });
     draining.expect("draining");
     let filler = small.fill();
     paused(&scene, Host::B, "no space left");
