@@ -12,7 +12,7 @@
 //! from the seed with its moment: three of four at the destination, which serves fio and owns the journal.
 //!
 //! fio is outside the guest because a guest without KVM could not load the export, and because a guest's
-//! page cache would answer its reads. What fio does is in [`fio`], how it outlives a server in [`bridge`].
+//! page cache would answer its reads. What fio does is in `fio`, how it outlives a server in `bridge`.
 
 mod bridge;
 mod fio;
