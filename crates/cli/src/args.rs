@@ -305,12 +305,15 @@ pub struct Migrate {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum RamArg {
-    /// Post-copy where the destination can, else pre-copy
+    /// Hybrid where the destination can, else pre-copy
     #[default]
     Auto,
-    /// After the switch: short blackout, always ends
+    /// What the guest only reads goes ahead of the switch, the rest after it: short blackout, and the guest
+    /// is soon at full speed; always ends
+    Hybrid,
+    /// All of it after the switch: switches at once, short blackout, always ends
     Postcopy,
-    /// Before the switch
+    /// All of it before the switch
     Precopy,
 }
 
@@ -318,6 +321,7 @@ impl From<RamArg> for RamMode {
     fn from(arg: RamArg) -> RamMode {
         match arg {
             RamArg::Auto => RamMode::Auto,
+            RamArg::Hybrid => RamMode::Hybrid,
             RamArg::Postcopy => RamMode::Postcopy,
             RamArg::Precopy => RamMode::Precopy,
         }

@@ -191,6 +191,12 @@ impl SpaceIn {
         self.resident.is_full()
     }
 
+    /// Copies of these units turned out to be old ones: they are absent again. Only while nobody reads or
+    /// writes them here: RAM of a guest that does not run yet.
+    pub fn evict(&mut self, units: &UnitSet) {
+        self.resident.subtract(units);
+    }
+
     /// Copies of units that were resident already: the peer sent them in vain.
     pub fn late_copies(&self) -> u64 {
         self.late_copies

@@ -84,6 +84,8 @@ pub struct Tally {
     pub forgotten: u64,
     /// Units handed out more than once, because a broken connection lost them.
     pub sent_again: u64,
+    /// Units sent ahead of the switchover whose content changed before it: sent in vain.
+    pub outdated: u64,
 }
 
 struct SpaceOut {
@@ -96,6 +98,7 @@ struct SpaceOut {
     live: UnitSet,
     forgotten: u64,
     sent_again: u64,
+    outdated: u64,
     ever_sent: UnitSet,
     cursor: u64,
 }
@@ -143,6 +146,7 @@ impl Outflow {
             ever_sent: none,
             forgotten: 0,
             sent_again: 0,
+            outdated: 0,
             cursor: 0,
             info,
         });
@@ -211,6 +215,40 @@ impl Outflow {
         for run in woken {
             self.demands.push_back((space, run));
         }
+    }
+
+    /// The content of these units has changed since they were offered. What was sent of them was sent in
+    /// vain: the answer, which the peer must be told. All of them are as if never offered. `units` must
+    /// have the space's capacity.
+    pub fn outdate(&mut self, space: SpaceId, units: &UnitSet) -> UnitSet {
+        let s = self.at(space);
+        let mut current = s.sent.clone();
+        current.subtract(units);
+        let mut vain = s.sent.clone();
+        vain.subtract(&current);
+        s.outdated += vain.len();
+        s.ever_sent.subtract(&vain);
+        for set in [
+            &mut s.sent,
+            &mut s.pending,
+            &mut s.withheld,
+            &mut s.live,
+            &mut s.demanded,
+        ] {
+            set.subtract(units);
+        }
+        vain
+    }
+
+    /// Units that were handed out and are with the peer or on their way to it.
+    pub fn sent(&self, space: SpaceId) -> &UnitSet {
+        &self.spaces[usize::from(space.0)].sent
+    }
+
+    /// Whether a push would find something in this space.
+    pub fn has_pushable(&self, space: SpaceId) -> bool {
+        let s = &self.spaces[usize::from(space.0)];
+        !s.pushable(Extent::new(0, s.info.units()), 1).is_empty()
     }
 
     /// These units turned out to be zero: nothing to send.
@@ -402,6 +440,7 @@ impl Outflow {
             sent: s.sent.len(),
             forgotten: s.forgotten,
             sent_again: s.sent_again,
+            outdated: s.outdated,
         }
     }
 }

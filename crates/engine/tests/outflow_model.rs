@@ -133,6 +133,77 @@ proptest! {
     }
 }
 
+proptest! {
+    /// What a peer holds that was sent ahead, less what it is told was in vain, plus what is sent after the
+    /// stop, is the newest content of every unit; and only what changed goes twice.
+    #[test]
+    fn what_was_sent_ahead_and_changed_is_told_and_goes_again(
+        offered in prop::collection::vec((0..UNITS, 1..60u64), 1..6),
+        steps in prop::collection::vec((0..UNITS, 1..20u64, 0..40u64), 0..12),
+        stale in prop::collection::vec((0..UNITS, 1..20u64), 0..4),
+        zeroed in prop::collection::vec((0..UNITS, 1..20u64), 0..3),
+    ) {
+        let within = |a, n| Extent::new(a, n).clamp_to(Extent::new(0, UNITS));
+        let set_of = |runs: &[(u64, u64)]| {
+            let mut set = UnitSet::empty(UNITS);
+            runs.iter().for_each(|&(a, n)| { set.insert(within(a, n)); });
+            set
+        };
+        let mut out = Outflow::new(spaces());
+        // Versions of each unit: at the source, and at the peer.
+        let (mut here, mut there) = (vec![1u32; UNITS as usize], vec![0u32; UNITS as usize]);
+        let mut sent = 0;
+        let mut held = set_of(&offered);
+        let mut dirtied = UnitSet::empty(UNITS);
+        out.offer_set(RAM, &held);
+        for &(a, n, push) in &steps {
+            let written = within(a, n);
+            written.iter().for_each(|unit| here[unit as usize] += 1);
+            held.insert(written);
+            dirtied.insert(written);
+            out.set_withheld(RAM, &dirtied);
+            if let Some(batch) = out.next_push(push).filter(|b| b.space == RAM) {
+                for unit in batch.runs.iter().flat_map(Extent::iter) {
+                    prop_assert!(!dirtied.contains(unit), "sent though it is written to");
+                    there[unit as usize] = here[unit as usize];
+                    sent += 1;
+                }
+            }
+        }
+        // The stop.
+        let stale = set_of(&stale);
+        stale.runs().flat_map(|run| run.iter()).for_each(|unit| here[unit as usize] += 1);
+        dirtied.union_with(&stale);
+        held.union_with(&stale);
+        let zeroed = set_of(&zeroed);
+        zeroed.runs().flat_map(|run| run.iter()).for_each(|unit| here[unit as usize] = 0);
+        dirtied.union_with(&zeroed);
+        held.subtract(&zeroed);
+        let vain = out.outdate(RAM, &dirtied);
+        vain.runs().flat_map(|run| run.iter()).for_each(|unit| there[unit as usize] = 0);
+        let mut live = held.clone();
+        live.subtract(out.sent(RAM));
+        out.offer_set(RAM, &live);
+        out.set_withheld(RAM, &UnitSet::empty(UNITS));
+        while let Some(batch) = out.next_push(16) {
+            for unit in batch.runs.iter().flat_map(Extent::iter) {
+                there[unit as usize] = here[unit as usize];
+                sent += 1;
+            }
+        }
+        for unit in held.runs().flat_map(|run| run.iter()) {
+            prop_assert_eq!(here[unit as usize], there[unit as usize]);
+        }
+        for empty in out.empty_runs(RAM).iter().flat_map(Extent::iter) {
+            prop_assert_eq!(there[empty as usize], 0);
+        }
+        let tally = out.tally(RAM);
+        prop_assert_eq!(tally.live, held.len());
+        prop_assert_eq!(sent, held.len() + tally.outdated);
+        prop_assert_eq!(tally.sent_again, 0);
+    }
+}
+
 #[test]
 fn a_demand_overtakes_push_and_brings_its_neighbours() {
     let mut out = Outflow::new(spaces());

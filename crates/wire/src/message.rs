@@ -46,8 +46,11 @@ pub const MAX_HEAT_EXTENTS: u64 = 1 << 17;
 /// The feature bit of peers that say and hear [`Message::Heat`].
 pub const FEATURE_HEAT: u64 = 1;
 
+/// The peer can take RAM ahead of a switchover by post-copy.
+pub const FEATURE_AHEAD: u64 = 2;
+
 /// The features of this version.
-pub const FEATURES: u64 = FEATURE_HEAT;
+pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -138,11 +141,11 @@ pub enum Message {
     /// Part of a packed device state too large for one frame.
     StatePart(Vec<u8>),
     Grant(Grant),
-    /// Pre-copied RAM is all said: this many units frames on connections of this session so far.
+    /// RAM that goes before the grant is all said: this many units frames in this life of the session.
     RamEnd {
         frames: u64,
     },
-    /// All of them have been stored.
+    /// All of them have been stored; no more RAM is let in before the grant.
     RamTaken,
     /// Plain words of ownership, with the reason for a refusal or a cancel.
     Own {
@@ -154,7 +157,8 @@ pub enum Message {
     Ran {
         at_us: u64,
     },
-    /// RAM units that the destination must not keep of what it was sent before the switchover.
+    /// RAM units that the destination must not keep of what it was sent before the switchover; said before
+    /// each grant.
     Stale {
         space: SpaceId,
         runs: Vec<Extent>,
@@ -224,6 +228,11 @@ pub enum Message {
         /// See [`pack_heat`].
         packed: Vec<u8>,
     },
+    /// RAM comes from now on, though the machine will run there only later. Needs [`FEATURE_AHEAD`].
+    Ahead,
+    /// Among what a reconnecting source is told, if it is so: the destination has heard the grant, and keeps
+    /// nothing of what it was told is stale. Needs [`FEATURE_AHEAD`].
+    Evicted,
 }
 
 /// Figures the destination sends now and then.
@@ -267,6 +276,7 @@ impl Message {
     pub fn feature(&self) -> u64 {
         match self {
             Message::Heat { .. } => FEATURE_HEAT,
+            Message::Ahead | Message::Evicted => FEATURE_AHEAD,
             _ => 0,
         }
     }

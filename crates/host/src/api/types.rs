@@ -387,9 +387,12 @@ pub enum Strategy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RamMode {
-    /// Post-copy where the destination can, else pre-copy.
+    /// Hybrid where the destination can, else pre-copy.
     #[default]
     Auto,
+    /// What the guest only reads goes ahead of the switch, the rest after it.
+    Hybrid,
+    /// All of it after the switch.
     Postcopy,
     Precopy,
 }
@@ -547,6 +550,9 @@ pub struct MigrationReport {
     /// Units sent more than once, because a broken connection had lost them.
     #[serde(default)]
     pub units_sent_again: u64,
+    /// Units sent ahead of the switch and once more after it, because the guest wrote to them in between.
+    #[serde(default)]
+    pub units_outdated: u64,
     /// Units not sent, because the guest wrote or discarded them at the destination first.
     #[serde(default)]
     pub units_forgotten: u64,

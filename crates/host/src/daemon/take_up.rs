@@ -276,6 +276,7 @@ impl Daemon {
             qmp: None,
             disks: Vec::new(),
             ram: whimbrel_wire::message::RamMode::Postcopy,
+            ahead: false,
             hold: false,
             ram_changes,
         };
@@ -389,6 +390,7 @@ impl Daemon {
                 qmp,
                 disks,
                 ram: whimbrel_wire::message::RamMode::Postcopy,
+                ahead: false,
                 hold: false,
                 ram_changes,
             };

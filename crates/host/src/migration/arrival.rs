@@ -14,7 +14,9 @@ use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
 use whimbrel_peer::hello::Class;
 use whimbrel_wire::frame::Kind;
-use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap};
+use whimbrel_wire::message::{
+    FEATURE_AHEAD, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap,
+};
 
 use super::arrivals::Arrivals;
 use super::lane::{
@@ -131,13 +133,14 @@ async fn live(
     let end = stop.child_token();
     let mut tasks = JoinSet::new();
     life.arrivals.begin_life();
-    let outbox = life.mouth.open(connection.agreed().features);
+    let features = connection.agreed().features;
+    let outbox = life.mouth.open(features);
     let (pongs, pong_queue) = mpsc::channel(8);
     let (sender, receiver) = connection.split();
     life.pulse.up();
     tasks.spawn(guard(
         end.clone(),
-        control_out(sender, outbox, pong_queue, life.clone()),
+        control_out(sender, outbox, pong_queue, features, life.clone()),
     ));
     tasks.spawn(guard(
         end.clone(),
@@ -188,12 +191,16 @@ async fn control_out(
     mut sender: FrameSender,
     mut outbox: mpsc::Receiver<Message>,
     mut pongs: mpsc::Receiver<bytes::Bytes>,
+    features: u64,
     life: Life,
 ) -> Result<(), LaneError> {
     for (space, held) in life.arrivals.held() {
         for message in holdings(space, &held) {
             say(&mut sender, &message).await?;
         }
+    }
+    if life.arrivals.has_evicted() && features & FEATURE_AHEAD != 0 {
+        say(&mut sender, &Message::Evicted).await?;
     }
     say(&mut sender, &Message::HaveEnd).await?;
     // From here on everything wanted is gathered; what was wanted before is asked again now.
@@ -265,7 +272,10 @@ async fn control_in(
     pongs: mpsc::Sender<bytes::Bytes>,
     life: Life,
 ) -> Result<(), LaneError> {
+    // Frames are counted by lives, so a wait for them ends with this one.
+    let mut waiting = JoinSet::new();
     loop {
+        while waiting.try_join_next().is_some() {}
         match hear(&mut receiver, &life.pulse).await? {
             Heard::Ping(payload) => {
                 // Full only if the peer pings faster than it reads answers.
@@ -286,6 +296,16 @@ async fn control_in(
                 let set = unpack_bitmap(units, &packed)?;
                 tracing::debug!(%space, first, empty = set.len(), "empty at the source");
                 life.arrivals.zeroes(space, first, set).await?;
+            }
+            // In order with each other, whatever the driver is busy with.
+            Heard::Message(Message::Ahead) => life.arrivals.open_ram_ahead(),
+            Heard::Message(Message::RamEnd { frames }) if waiting.is_empty() => {
+                let (arrivals, mouth) = (life.arrivals.clone(), life.mouth.clone());
+                waiting.spawn(async move {
+                    arrivals.frames_stored(frames).await;
+                    arrivals.close_ram_ahead();
+                    mouth.say(Message::RamTaken).await;
+                });
             }
             // Here and not by the driver, who may itself wait for a QEMU that waits for this.
             Heard::Message(Message::Peeked { id, bytes }) => life.peeks.answer(id, bytes),

@@ -132,6 +132,16 @@ impl RamIn {
         self.blocks().spaces.iter().map(SpaceIn::late_copies).sum()
     }
 
+    /// These units, a set for each block, are not what the guest will need: they are absent again.
+    pub fn evict(&self, stale: &[UnitSet]) {
+        let mut blocks = self.blocks();
+        for (space, stale) in blocks.spaces.iter_mut().zip(stale) {
+            space.evict(stale);
+        }
+        let complete = blocks.spaces.iter().all(SpaceIn::is_complete);
+        self.complete.send_replace(complete);
+    }
+
     /// Resolves when every page is in place.
     pub async fn completed(&self) {
         // The sender is this object, so the wait cannot fail while somebody waits on it.
@@ -209,13 +219,16 @@ pub struct Arrivals {
     /// Disks may be filled now: from the hand-over on.
     disk_gate: watch::Sender<bool>,
     ram: Mutex<Option<Arc<RamIn>>>,
-    /// RAM may be placed now: always for a pre-copy, from the hand-over on for a post-copy.
+    /// RAM may be placed now: always for a pre-copy, from the hand-over on for a post-copy, and while it is
+    /// sent ahead of that.
     ram_gate: watch::Sender<bool>,
     /// Units frames stored so far.
     frames: watch::Sender<u64>,
     /// The machine does not come here: what is still sent is thrown away. Were it an error, the connection
     /// would break before the source could hear the refusal on it.
     refused: AtomicBool,
+    /// The grant has been heard: nothing is held any more that the source says is stale.
+    evicted: AtomicBool,
     /// Fills at work. They run to their end whatever becomes of the connection that brought them.
     at_work: TaskTracker,
 }
@@ -258,6 +271,34 @@ impl Arrivals {
 
     pub fn open_ram(&self) {
         self.ram_gate.send_replace(true);
+    }
+
+    /// RAM comes ahead of the switchover.
+    pub fn open_ram_ahead(&self) {
+        if self.is_postcopy() {
+            self.open_ram();
+        }
+    }
+
+    /// No more RAM comes before the switchover.
+    pub fn close_ram_ahead(&self) {
+        if self.is_postcopy() && !self.has_evicted() {
+            self.ram_gate.send_replace(false);
+        }
+    }
+
+    fn is_postcopy(&self) -> bool {
+        let ram = self.ram();
+        ram.is_some_and(|ram| matches!(ram.sink, RamSink::Postcopy(_)))
+    }
+
+    /// What the source named as stale is not held any more, or never was.
+    pub fn set_evicted(&self) {
+        self.evicted.store(true, Ordering::Release);
+    }
+
+    pub fn has_evicted(&self) -> bool {
+        self.evicted.load(Ordering::Acquire)
     }
 
     /// Whether frames of this space must be stored in the order in which they came.

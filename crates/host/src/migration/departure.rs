@@ -24,7 +24,7 @@ use whimbrel_wire::frame::{HEADER_LEN, Kind};
 use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
 use whimbrel_wire::units::{Encoding, Units};
 
-use super::flow::{Answer, Content, Flow};
+use super::flow::{Answer, Content, Flow, Since};
 use super::governor::Governor;
 use super::lane::{
     Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, send_units, until_first_ends,
@@ -335,6 +335,7 @@ async fn control_in(
 ) -> Result<(), LaneError> {
     let flow = life.gear.flow.clone();
     let mut holdings = Holdings::default();
+    let mut evicted = false;
     let jobs = Arc::new(tokio::sync::Semaphore::new(SIDE_JOBS));
     let mut running = JoinSet::new();
     loop {
@@ -355,6 +356,7 @@ async fn control_in(
                 units,
                 packed,
             }) => holdings.note(&flow, space, first, units, &packed)?,
+            Heard::Message(Message::Evicted) => evicted = true,
             Heard::Message(Message::HaveEnd) => {
                 let changing = *life.gear.ram_changes.borrow();
                 let mut said = std::mem::take(&mut holdings.0);
@@ -364,7 +366,12 @@ async fn control_in(
                         .remove(&info.id)
                         .unwrap_or_else(|| UnitSet::empty(info.units()));
                     let is_ram = matches!(flow.content(info.id), Some(Content::Ram { .. }));
-                    flow.peer_has(info.id, &held, is_ram && changing);
+                    let since = match (is_ram && changing, evicted) {
+                        (true, _) => Since::Copy,
+                        (false, false) => Since::Stop,
+                        (false, true) => Since::Grant,
+                    };
+                    flow.peer_has(info.id, held, since);
                 }
                 told.send_replace(true);
                 if life.events.send(LinkEvent::Up).await.is_err() {

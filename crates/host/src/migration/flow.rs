@@ -59,6 +59,8 @@ struct Inner {
     out: Outflow,
     contents: Vec<Content>,
     sent: Vec<Sent>,
+    /// By space: what the peer has old copies of, unless it says that it has evicted them.
+    outdated: Vec<Option<UnitSet>>,
     zero_answers: VecDeque<(SpaceId, Extent)>,
     /// Zeroes that go the way of push, in order with it.
     zero_pushes: VecDeque<(SpaceId, Extent)>,
@@ -82,6 +84,7 @@ impl Default for Flow {
                 out: Outflow::new(Vec::new()),
                 contents: Vec::new(),
                 sent: Vec::new(),
+                outdated: Vec::new(),
                 zero_answers: VecDeque::new(),
                 zero_pushes: VecDeque::new(),
                 frames: 0,
@@ -104,6 +107,7 @@ impl Flow {
         inner.out.add(info);
         inner.contents.push(content);
         inner.sent.push(Sent::default());
+        inner.outdated.push(None);
     }
 
     /// Lets content leave.
@@ -315,16 +319,30 @@ impl Flow {
         })
     }
 
-    /// After a reconnect: what the peer holds of a space. `still_changing` while the guest runs here.
-    pub fn peer_has(&self, space: SpaceId, held: &UnitSet, still_changing: bool) {
+    /// The guest has stopped, and these units of a space have changed since they were offered: what the
+    /// peer was sent in vain of them. All of them are as if never offered.
+    pub fn outdate(&self, space: SpaceId, units: &UnitSet) -> UnitSet {
+        let mut inner = self.inner();
+        let vain = inner.out.outdate(space, units);
+        inner.outdated[usize::from(space.0)] = Some(vain.clone());
+        vain
+    }
+
+    /// After a reconnect: what the peer holds of a space.
+    pub fn peer_has(&self, space: SpaceId, mut held: UnitSet, since: Since) {
+        if since == Since::Stop
+            && let Some(Some(vain)) = self.inner().outdated.get(usize::from(space.0))
+        {
+            held.subtract(vain);
+        }
         self.change(|out| {
             let fits = out
                 .info(space)
                 .is_some_and(|i| i.units() == held.capacity());
-            if fits && still_changing {
-                out.peer_received(space, held);
+            if fits && since == Since::Copy {
+                out.peer_received(space, &held);
             } else if fits {
-                out.peer_has(space, held);
+                out.peer_has(space, &held);
             }
         });
     }
@@ -337,6 +355,17 @@ fn take_demand(inner: &mut Inner) -> Option<Answer> {
     };
     inner.frames += 1;
     Some(answer)
+}
+
+/// Since when the peer holds what it says it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// The content still changes here: what it holds may be old.
+    Copy,
+    /// The content has stopped to change, but the peer may not have heard yet what of it is old.
+    Stop,
+    /// The peer holds nothing old.
+    Grant,
 }
 
 /// What a demand is answered with.

@@ -77,6 +77,12 @@ impl Mouth {
         receiver
     }
 
+    /// What the peer of this connection knows beyond the protocol's version; nothing without one.
+    pub fn features(&self) -> u64 {
+        let now = self.now.lock().expect("no holder of this lock panics");
+        now.as_ref().map_or(0, |outbox| outbox.features)
+    }
+
     pub fn close(&self) {
         *self.now.lock().expect("no holder of this lock panics") = None;
     }

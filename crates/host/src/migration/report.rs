@@ -100,6 +100,7 @@ pub fn outgoing(flow: &Flow, fares: &Fares, times: Times, reconnects: u64) -> Mi
         units_live: tallies.iter().map(|(t, _)| t.live).sum(),
         units_sent: tallies.iter().map(|(_, s)| s.units).sum(),
         units_sent_again: tallies.iter().map(|(t, _)| t.sent_again).sum(),
+        units_outdated: tallies.iter().map(|(t, _)| t.outdated).sum(),
         units_forgotten: tallies.iter().map(|(t, _)| t.forgotten).sum(),
         late_copies: fares.late_copies,
         sent: sent_bytes(flow),

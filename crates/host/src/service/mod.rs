@@ -511,9 +511,10 @@ impl Service for Daemon {
             disks: running.disks.clone(),
             ram: match request.ram {
                 RamMode::Auto => WireRam::Auto,
-                RamMode::Postcopy => WireRam::Postcopy,
+                RamMode::Hybrid | RamMode::Postcopy => WireRam::Postcopy,
                 RamMode::Precopy => WireRam::Precopy,
             },
+            ahead: matches!(request.ram, RamMode::Auto | RamMode::Hybrid),
             hold: request.hold,
             ram_changes,
         });

@@ -141,6 +141,7 @@ impl Incoming {
             }
         }
         self.setup.arrivals.set_disks(fillings);
+        self.setup.arrivals.set_evicted();
         self.setup.arrivals.open_ram();
         self.settle().await;
         self.event(DestinationEvent::Running);

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{SpaceId, SpaceKind, UNIT};
+use whimbrel_engine::space::{Extent, SpaceId, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
@@ -89,6 +89,8 @@ pub struct Incoming {
     ram_mode: RamMode,
     layout: Option<StreamLayout>,
     ram: Option<Arc<RamIn>>,
+    /// By RAM block: units of which an old copy is here.
+    stale: Vec<UnitSet>,
     requests: Option<AbortOnDropHandle<()>>,
     state_parts: Vec<u8>,
     state: Option<Vec<u8>>,
@@ -122,6 +124,7 @@ impl Incoming {
             ram_mode: RamMode::Postcopy,
             layout: None,
             ram: None,
+            stale: Vec::new(),
             requests: None,
             state_parts: Vec::new(),
             state: None,
@@ -242,14 +245,7 @@ impl Incoming {
                 }
                 self.event(DestinationEvent::Heard(say));
             }
-            Message::RamEnd { frames } => {
-                let (arrivals, mouth) =
-                    (self.setup.arrivals.clone(), self.setup.link.mouth.clone());
-                self.spawn(async move {
-                    arrivals.frames_stored(frames).await;
-                    mouth.say(Message::RamTaken).await;
-                });
-            }
+            Message::Stale { space, runs } => self.note_stale(space, &runs),
             Message::Heat {
                 space,
                 first,
@@ -270,6 +266,19 @@ impl Incoming {
 
     fn spawn(&mut self, work: impl Future<Output = ()> + Send + 'static) {
         self.tasks.push(AbortOnDropHandle::new(tokio::spawn(work)));
+    }
+
+    /// What the source says of spaces that are no RAM, or of units beyond them, is nothing to this side.
+    fn note_stale(&mut self, space: SpaceId, runs: &[Extent]) {
+        let disks = self.running.as_ref().map_or(0, |r| r.disks.len());
+        let block = usize::from(space.0).checked_sub(disks);
+        let Some(stale) = block.and_then(|block| self.stale.get_mut(block)) else {
+            return;
+        };
+        let whole = Extent::new(0, stale.capacity());
+        for run in runs {
+            stale.insert(run.clamp_to(whole));
+        }
     }
 
     fn granted(&mut self, grant: Grant) {
@@ -430,14 +439,14 @@ impl Incoming {
         self.setup.arrivals.set_disks(fillings);
         match ram.sink() {
             RamSink::Postcopy(sink) => {
-                let layout = self.layout.as_ref().ok_or(missing)?;
-                let none: Vec<UnitSet> = layout
-                    .blocks
-                    .iter()
-                    .map(|b| UnitSet::empty(b.units()))
-                    .collect();
-                sink.run(&state, &none).await.map_err(|e| e.to_string())?;
-                tracing::debug!(bytes = state.len(), "device state is with QEMU");
+                let evicted = self.stale.iter().map(UnitSet::len).sum::<u64>();
+                // Before QEMU runs, as it asks at once for what it lacks then.
+                ram.evict(&self.stale);
+                self.setup.arrivals.set_evicted();
+                sink.run(&state, &self.stale)
+                    .await
+                    .map_err(|e| e.to_string())?;
+                tracing::debug!(bytes = state.len(), evicted, "device state is with QEMU");
                 self.setup.arrivals.open_ram();
                 sink.resumed().await.map_err(|e| e.to_string())
             }

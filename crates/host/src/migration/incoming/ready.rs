@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use whimbrel_engine::inflow::SpaceIn;
+use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::switchover::DestinationEvent;
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
 use whimbrel_qemu::stream::{RamBlock, StreamLayout};
@@ -156,6 +157,8 @@ impl Incoming {
         }
         save_layout(&self.folder(), &layout).map_err(|e| e.to_string())?;
         self.ram = Some(ram);
+        let none = layout.blocks.iter().map(|b| UnitSet::empty(b.units()));
+        self.stale = none.collect();
         self.layout = Some(layout);
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! one durable line in the journal.
 
 mod again;
+mod ahead;
 mod ends;
 mod offer;
 mod precopy;
@@ -30,6 +31,7 @@ use whimbrel_wire::message::{
     DiskOffer, Fares, Grant, Layout, LayoutBlock, Message, Prepare, RamMode, pack,
 };
 
+use self::ahead::Ahead;
 use super::board::Board;
 use super::departure::Departure;
 use super::flow::{Content, Flow};
@@ -87,6 +89,8 @@ pub struct Setup {
     pub qmp: Option<Qmp>,
     pub disks: Vec<Arc<Disk>>,
     pub ram: RamMode,
+    /// With post-copy: what the guest only reads goes ahead of the switch.
+    pub ahead: bool,
     pub hold: bool,
     pub ram_changes: watch::Sender<bool>,
 }
@@ -103,6 +107,7 @@ pub struct Outgoing {
     /// What the destination said of RAM's way.
     ram_mode: RamMode,
     layout_taken: bool,
+    ahead: Option<Ahead>,
     /// The first full pass over RAM is in this daemon's memory.
     collected: bool,
     may_switch: bool,
@@ -144,6 +149,7 @@ impl Outgoing {
             stopped: None,
             ram_mode: RamMode::Postcopy,
             layout_taken: false,
+            ahead: None,
             collected: false,
             may_switch,
             link_up: false,
@@ -273,6 +279,7 @@ impl Outgoing {
                 if self.switch.phase() == Phase::Copy && self.ram.is_some() && !self.layout_taken {
                     self.say_layout().await;
                 }
+                self.say_ahead().await;
                 self.event(SourceEvent::LinkUp);
                 for space in std::mem::take(&mut self.empties_said) {
                     self.say_empty(space).await;
@@ -292,6 +299,9 @@ impl Outgoing {
                     });
                 }
                 self.link_up = false;
+                if let Some(ahead) = &mut self.ahead {
+                    ahead.link_down();
+                }
                 self.down_since.get_or_insert_with(Instant::now);
                 let waiting = error.to_string();
                 self.setup.board.link(|link| {
@@ -333,7 +343,12 @@ impl Outgoing {
                 self.event(SourceEvent::Heard(say));
             }
             Message::Ran { at_us } => self.ran_at(at_us),
-            Message::RamTaken => self.ram_taken = true,
+            Message::RamTaken => {
+                self.ram_taken = true;
+                if let Some(ahead) = &mut self.ahead {
+                    ahead.ram_taken();
+                }
+            }
             Message::Fares(fares) => self.fares = fares,
             other => {
                 tracing::warn!(?other, "a message that has no place at a source is ignored");
@@ -408,6 +423,7 @@ impl Outgoing {
         if self.switch.phase() != Phase::Copy || !self.layout_taken || !self.collected {
             return;
         }
+        let all_ahead = self.step_ahead().await;
         if !self.may_switch {
             self.setup.board.state(MigrationState::Held);
             return;
@@ -419,7 +435,7 @@ impl Outgoing {
             }
         }
         // The guest must not stop for a link that is away.
-        if self.setup.link.pulse.is_alive() {
+        if all_ahead && self.setup.link.pulse.is_alive() {
             self.event(SourceEvent::Switch);
         }
     }
@@ -450,7 +466,7 @@ impl Outgoing {
                 view.link.waiting_for = None;
             }
         });
-        if !before_grant || self.ram_mode == RamMode::Precopy {
+        if !before_grant || self.ram_mode == RamMode::Precopy || self.ahead.is_some() {
             self.setup.board.sample(
                 done * whimbrel_engine::space::UNIT,
                 total * whimbrel_engine::space::UNIT,
@@ -548,6 +564,7 @@ impl Outgoing {
         let Some(handover) = &self.handover else {
             return;
         };
+        self.say_stale().await;
         let packed = pack(&handover.device_state);
         let mouth = self.setup.link.mouth.clone();
         let mut parts = packed.chunks(STATE_PART).peekable();

@@ -65,13 +65,15 @@ impl Outgoing {
                 return self.fail(ErrorCode::PeerUnreachable, what);
             }
         } else {
+            self.outdate_ahead(&handover);
             self.offer_ram(&handover, &early);
         }
         self.handover = Some(handover);
         self.event(SourceEvent::Stopped);
     }
 
-    /// All of RAM is offered: at once what is current, later what QEMU still delivers. Pages that devices touch first go first.
+    /// All of RAM that did not go ahead is offered: at once what is current, later what QEMU still delivers.
+    /// Pages that devices touch first go first.
     fn offer_ram(&self, handover: &Handover, early: &[UnitSet]) {
         let Some(ram) = &self.ram else { return };
         for (block, stale) in handover.stale.iter().enumerate() {
@@ -79,6 +81,7 @@ impl Outgoing {
             let mut live = ram.store().held(block);
             live.union_with(stale);
             self.setup.flow.change(|out| {
+                live.subtract(out.sent(space));
                 out.offer_set(space, &live);
                 out.set_withheld(space, stale);
                 for run in early.get(block).into_iter().flat_map(UnitSet::runs) {
