@@ -402,10 +402,11 @@ pub fn report(r: &MigrationReport) -> String {
         (
             "sent",
             format!(
-                "{}; {} units for {} live ones ({ratio:.3})",
+                "{}; {} units for {} live ones ({ratio:.3}), {} of them ahead of the switch in vain",
                 bytes(r.sent.total()),
                 r.units_sent,
-                r.units_live
+                r.units_live,
+                r.units_outdated
             ),
         ),
         ("demands", demands(&r.demands)),

@@ -5,7 +5,7 @@ mod e2e_support;
 
 use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, fast, line, secs, start};
 use whimbrel_lab::net::{Host, LabSpec};
-use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, Phase};
+use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, Phase, SpaceKind};
 use whimbrel_lab::pair::{Guest, GuestSpec, PairSpec};
 use whimbrel_lab::wan::WanSpec;
 
@@ -172,7 +172,45 @@ fn ten_second_outage_during_drain() {
         .expect("a report");
     println!("{}", serde_json::to_string(&report).expect("plain data"));
     assert_eq!(report.units_sent_again, 0);
-    assert!(report.units_sent <= report.units_live, "{report:?}");
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated,
+        "{report:?}"
+    );
+    assert!(report.verified);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn an_outage_while_memory_goes_ahead_costs_only_time() {
+    if !can_run() {
+        return;
+    }
+    let wan = WanSpec::symmetric(line(50, 5));
+    let scene = start(&PairSpec::new(LabSpec::new(wan)));
+    let mut guest = scene.guest_on(Host::A);
+    let args = ["migrate", NAME, "--to", "host-b", "--ram", "hybrid"];
+    let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
+    let ahead = follow.until("memory going ahead", MOVE_WITHIN, |view| {
+        view.phase == Phase::Copy
+            && view
+                .spaces
+                .iter()
+                .any(|space| space.kind == SpaceKind::Ram && space.units_sent > 1000)
+    });
+    ahead.expect("going ahead");
+    scene.lab().wan().outage(secs(5)).expect("the link is cut");
+    let ended = follow.end(MOVE_WITHIN).expect("the move ends");
+    assert!(ended.completed(), "{}", ended.describe());
+    let report = ended
+        .last
+        .and_then(|seen| seen.view.report)
+        .expect("a report");
+    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated + report.units_sent_again,
+        "{report:?}"
+    );
     assert!(report.verified);
     scene.works(&mut guest);
     scene.verified_on(Host::B, &mut guest);

@@ -19,7 +19,10 @@ fn a_running_machine_moves_and_verifies() {
     println!("{}", serde_json::to_string(&report).expect("plain data"));
     assert!(report.verified);
     assert_eq!(report.units_sent_again, 0);
-    assert!(report.units_sent <= report.units_live, "{report:?}");
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated,
+        "{report:?}"
+    );
     assert!(report.stop_to_resume_ms().is_some_and(|ms| ms > 0.0));
     assert_eq!(view.permille, 1000);
     for kind in [SpaceKind::Disk, SpaceKind::Ram] {
@@ -34,6 +37,22 @@ fn a_running_machine_moves_and_verifies() {
     assert_eq!(scene.status(Host::B), Some(MachineStatus::Running));
     let machine = scene.machine(Host::B, NAME).expect("shown").expect("known");
     assert!(machine.pid.is_some());
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn by_postcopy_alone_nothing_goes_in_vain() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    let ended = scene.moves(Host::A, &["--ram", "postcopy"]);
+    let view = ended.last.expect("a last word").view;
+    let report = view.report.expect("a report");
+    assert_eq!((report.units_outdated, report.units_sent_again), (0, 0));
+    assert!(report.units_sent <= report.units_live, "{report:?}");
+    scene.works(&mut guest);
     scene.verified_on(Host::B, &mut guest);
 }
 

@@ -14,11 +14,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tokio::sync::watch;
 
+use crate::lifeline::Lifeline;
 use crate::qmp::{Qmp, Version};
 use crate::source::within;
 use crate::{Error, Result};
@@ -179,6 +181,11 @@ impl LaunchSpec {
             .stdout(file.try_clone().map_err(log_error)?)
             .stderr(file);
         own_session(&mut command);
+        let lifeline = Lifeline::tie(&mut command).map_err(|source| Error::Io {
+            what: "make a lifeline for",
+            path: self.binary.clone(),
+            source,
+        })?;
         let child = start(&mut command, &self.binary)?;
         Ok(Launched {
             pid: child.id(),
@@ -186,6 +193,7 @@ impl LaunchSpec {
             log: log.to_owned(),
             log_start,
             qmp: self.qmp.first().cloned(),
+            lifeline: Arc::new(lifeline),
         })
     }
 }
@@ -260,16 +268,31 @@ fn escape(value: &str) -> String {
 }
 
 /// A QEMU that was started.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Launched {
     pub pid: u32,
     exited: watch::Receiver<Option<ExitStatus>>,
     log: PathBuf,
     log_start: u64,
     qmp: Option<PathBuf>,
+    lifeline: Arc<Lifeline>,
 }
 
 impl Launched {
+    /// Negotiates on the connection that a later daemon will find again with [`Qmp::lifeline`]: to be done
+    /// once, and kept, as what comes on it must be read.
+    pub async fn lifeline(&self) -> Result<Qmp> {
+        let io = |source| Error::Io {
+            what: "use the lifeline of",
+            path: self.log.clone(),
+            source,
+        };
+        let stream = self.lifeline.stream().map_err(io)?;
+        stream.set_nonblocking(true).map_err(io)?;
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(io)?;
+        within(PATIENCE, "QEMU's greeting", Qmp::on(stream)).await?
+    }
+
     /// Connects to its first monitor socket; [`Error::Exited`] with the log's end if it dies first.
     pub async fn connect(&self) -> Result<Qmp> {
         let Some(path) = &self.qmp else {

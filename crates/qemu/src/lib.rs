@@ -14,6 +14,7 @@
 //! | [`content`] | the store or the paused QEMU, whichever a copy is fed from |
 //! | [`sink`] | RAM into a waiting QEMU: post-copy, or pre-copy where userfaultfd is missing |
 //! | [`launch`] | a QEMU's command line; starting it so that it outlives the daemon |
+//! | `lifeline` | a monitor connection that outlives the daemon |
 //! | [`info`] | what a running QEMU is made of, and the pages its devices touch first |
 #![deny(unsafe_code)]
 
@@ -21,6 +22,7 @@ pub mod content;
 mod error;
 pub mod info;
 pub mod launch;
+mod lifeline;
 pub mod paused;
 pub mod qmp;
 mod settings;

@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -22,7 +22,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use crate::{Error, Result};
+use crate::{Error, Result, lifeline};
 
 /// Longest line accepted (the schema of QEMU 10 is ~0.3 MiB); a longer one ends the connection.
 const MAX_LINE: u64 = 16 << 20;
@@ -76,7 +76,7 @@ struct Inner {
     /// The reason, once the connection is closed.
     closed: watch::Receiver<Option<String>>,
     next_id: AtomicU64,
-    version: Version,
+    version: OnceLock<Version>,
     pid: Option<i32>,
     /// Whether commands may be sent out of band.
     oob: bool,
@@ -126,24 +126,9 @@ impl Qmp {
         })?;
         let offered = greeting["QMP"]["capabilities"].as_array();
         let oob = offered.is_some_and(|list| list.iter().any(|c| c == "oob"));
-        let (lines, queue) = mpsc::channel(COMMANDS);
-        let (events, _) = broadcast::channel(EVENTS);
-        let (closing, closed) = watch::channel(None);
-        let pending = Pending::default();
-        tokio::spawn(write_lines(write, queue));
-        tokio::spawn(read_lines(read, pending.clone(), events.clone(), closing));
-        let qmp = Qmp {
-            inner: Arc::new(Inner {
-                lines,
-                pending,
-                events,
-                closed,
-                next_id: AtomicU64::new(1),
-                version,
-                pid,
-                oob,
-            }),
-        };
+        let qmp = Qmp::begin(read, write, pid, oob);
+        // Nobody else has it yet.
+        let _ = qmp.inner.version.set(version);
         let enable = if oob {
             json!({"enable": ["oob"]})
         } else {
@@ -153,9 +138,66 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// QEMU's version.
+    /// Takes over the lifeline of a QEMU that an earlier daemon started, even one that answers nobody at
+    /// this moment; `None` if it has none. For out-of-band commands: the lifeline's essay says why.
+    pub fn lifeline(pid: i32) -> Result<Option<Qmp>> {
+        let io = |source| Error::Io {
+            what: "take the lifeline out of",
+            path: format!("/proc/{pid}").into(),
+            source,
+        };
+        let Some(stream) = lifeline::of(pid).map_err(io)? else {
+            return Ok(None);
+        };
+        stream.set_nonblocking(true).map_err(io)?;
+        let (read, write) = UnixStream::from_std(stream).map_err(io)?.into_split();
+        let qmp = Qmp::begin(BufReader::new(read), write, Some(pid), true);
+        // Answered when the main thread is free.
+        let asking = qmp.clone();
+        tokio::spawn(async move {
+            if let Ok(answer) = asking.execute("query-version", json!({})).await
+                && let Some(version) = parse_version(&answer)
+            {
+                let _ = asking.inner.version.set(version);
+            }
+        });
+        Ok(Some(qmp))
+    }
+
+    fn begin(
+        read: BufReader<OwnedReadHalf>,
+        write: OwnedWriteHalf,
+        pid: Option<i32>,
+        oob: bool,
+    ) -> Qmp {
+        let (lines, queue) = mpsc::channel(COMMANDS);
+        let (events, _) = broadcast::channel(EVENTS);
+        let (closing, closed) = watch::channel(None);
+        let pending = Pending::default();
+        tokio::spawn(write_lines(write, queue));
+        tokio::spawn(read_lines(read, pending.clone(), events.clone(), closing));
+        Qmp {
+            inner: Arc::new(Inner {
+                lines,
+                pending,
+                events,
+                closed,
+                next_id: AtomicU64::new(first_id()),
+                version: OnceLock::new(),
+                pid,
+                oob,
+            }),
+        }
+    }
+
+    /// QEMU's version; zeroes while a lifeline that was taken over has not been told.
     pub fn version(&self) -> Version {
-        self.inner.version
+        let unknown = Version {
+            major: 0,
+            minor: 0,
+            micro: 0,
+        };
+        *self.inner.version.get().unwrap_or(&unknown)
     }
 
     /// Process id of the QEMU at the other end, as the kernel knows it.
@@ -303,6 +345,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// Answers to an earlier daemon's commands may still come on a lifeline: theirs must be other numbers.
+fn first_id() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    // Milliseconds, with room for a thousand commands in each, and exact in QEMU's JSON numbers.
+    now.map_or(1, |now| now.as_millis() as u64 * 1000)
+}
+
 /// `{"major": 10, "minor": 0, "micro": 2}` under `qemu`.
 pub(crate) fn parse_version(version: &Value) -> Option<Version> {
     let qemu = &version["qemu"];
@@ -352,9 +401,15 @@ async fn read_lines(
     events: broadcast::Sender<Arc<Event>>,
     closing: watch::Sender<Option<String>>,
 ) {
+    let mut heard = false;
     let reason = loop {
         match read_line(&mut read).await {
-            Ok(message) => dispatch(message, &pending, &events),
+            Ok(message) => {
+                heard = true;
+                dispatch(message, &pending, &events);
+            }
+            // Of a lifeline that was taken over, the first line may lack its beginning.
+            Err(Error::Protocol { .. }) if !heard => heard = true,
             Err(Error::Disconnected { reason }) => break reason,
             Err(other) => break other.to_string(),
         }

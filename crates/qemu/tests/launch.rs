@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use whimbrel_qemu::info::{PhysicalMap, info};
 use whimbrel_qemu::launch::{Drive, LaunchSpec, Nic, OnError, probe};
+use whimbrel_qemu::qmp::Qmp;
 
 /// An NBD server for one file, killed at the end.
 struct Server(Child);
@@ -104,4 +105,51 @@ async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
     let status = launched.exited().await.expect("seen");
     assert!(status.success());
     qmp.closed().await;
+}
+
+#[tokio::test]
+async fn a_lifeline_is_found_again_by_who_knows_only_the_process() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let spec = LaunchSpec {
+        binary: "qemu-system-x86_64".into(),
+        name: "vm 1".into(),
+        machine: "none".into(),
+        cpu: "qemu64".into(),
+        memory_bytes: 16 << 20,
+        vcpus: 1,
+        accel: vec!["tcg".into()],
+        kernel: None,
+        drives: Vec::new(),
+        nics: Vec::new(),
+        serial: None,
+        qmp: vec![dir.path().join("qmp")],
+        incoming: false,
+        extra: Vec::new(),
+    };
+    let log = dir.path().join("log");
+    // A daemon of its own, which dies: nobody reads what it was still to be told.
+    let daemon = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async {
+            let launched = spec.spawn(&log).expect("started");
+            let first = launched.lifeline().await.expect("negotiated");
+            (launched.pid, first.version())
+        })
+    });
+    let (pid, version) = daemon.join().expect("it did its work");
+    let pid = i32::try_from(pid).expect("a pid");
+
+    let again = Qmp::lifeline(pid).expect("allowed").expect("there is one");
+    let answer = again.execute("query-name", json!({})).await.expect("told");
+    assert_eq!(answer["name"], "vm 1");
+    // Refused, but by a monitor that knows out-of-band commands.
+    let refused = again.execute_oob("migrate-pause", json!({})).await;
+    let refused = refused.expect_err("nothing to pause").to_string();
+    assert!(!refused.contains("exec-oob"), "{refused}");
+    let until = Instant::now() + Duration::from_secs(20);
+    while again.version() != version {
+        assert!(Instant::now() < until, "never told its version");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let _ = again.execute("quit", json!({})).await;
 }

@@ -398,6 +398,8 @@ mod tests {
             runs: vec![Extent::new(300, 2)],
         };
         assert_eq!(demand.encode(), [11, 1, 1, 0xac, 2, 2]);
+        assert_eq!(Message::Ahead.encode(), [23]);
+        assert_eq!(Message::Evicted.encode(), [24]);
         let heat = Message::Heat {
             space: SpaceId(1),
             first: 300,

@@ -20,6 +20,9 @@ const RECONNECT_DELAY: u32 = 3600;
 /// How long a monitor that must be there is tried.
 const MONITOR_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long one found again that has a lifeline is waited for.
+const MONITOR_ANSWER: Duration = Duration::from_secs(2);
+
 /// What a machine is started for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Boot<'a> {
@@ -90,6 +93,13 @@ pub async fn start(
             return Err(error.into());
         }
     };
+    let lifeline = match launched.lifeline().await {
+        Ok(lifeline) => Some(lifeline),
+        Err(error) => {
+            end(launched.pid);
+            return Err(error.into());
+        }
+    };
     let pid = launched.pid;
     Ok(Running {
         spec: spec.clone(),
@@ -102,6 +112,7 @@ pub async fn start(
             started: Timestamp::now(),
         },
         qmp,
+        _lifeline: lifeline,
         disks,
         server,
         taps,
@@ -243,6 +254,7 @@ pub async fn adopt(
             started: Timestamp::now(),
         },
         qmp,
+        _lifeline: None,
         disks,
         server,
         taps: Vec::new(),
@@ -285,7 +297,16 @@ pub async fn reattach(
         return Err(MachineError::Gone { pid: process.pid });
     }
     let server = DiskServer::start(&disk_socket(folder), &disks)?;
-    let qmp = Qmp::connect_patiently(&process.qmp, MONITOR_PATIENCE).await?;
+    let lifeline = lifeline_of(process);
+    let connecting = Qmp::connect_patiently(&process.qmp, MONITOR_PATIENCE);
+    let qmp = match &lifeline {
+        None => connecting.await?,
+        // It may be waiting for memory that only this daemon can bring it.
+        Some(lifeline) => match tokio::time::timeout(MONITOR_ANSWER, connecting).await {
+            Ok(qmp) => qmp?,
+            Err(_) => lifeline.clone(),
+        },
+    };
     let taps = if process.adopted {
         Vec::new()
     } else {
@@ -297,9 +318,19 @@ pub async fn reattach(
         spec: spec.clone(),
         process: process.clone(),
         qmp,
+        _lifeline: lifeline,
         disks,
         server,
         taps,
         launched: None,
+    })
+}
+
+/// `None` for a QEMU that was started by someone else, or whose file table this daemon may not look into.
+fn lifeline_of(process: &QemuProcess) -> Option<Qmp> {
+    let pid = i32::try_from(process.pid).ok()?;
+    Qmp::lifeline(pid).unwrap_or_else(|error| {
+        tracing::warn!(%error, "should this QEMU wait for memory, it cannot be told where to get it");
+        None
     })
 }

@@ -119,6 +119,8 @@ pub struct Running {
     pub spec: MachineSpec,
     pub process: QemuProcess,
     pub qmp: Qmp,
+    /// For out-of-band commands of a later daemon; held so that its events are read.
+    _lifeline: Option<Qmp>,
     /// In the order of the description, which is the order of a migration's disk spaces.
     pub disks: Vec<Arc<Disk>>,
     server: DiskServer,

@@ -5,7 +5,7 @@ use crate::link::LinkArgs;
 use serde::Serialize;
 use std::time::Duration;
 use whimbrel_lab::guest::{Outcome, VerifyReport};
-use whimbrel_lab::pair::answers::{MigrationReport, SentBytes, SpaceKind, SpaceProgress};
+use whimbrel_lab::pair::answers::{MigrationReport, Phase, SentBytes, SpaceKind, SpaceProgress};
 use whimbrel_lab::pair::journey::Journey;
 use whimbrel_lab::pair::rates::{RECOVERED, Rates, STEADY};
 use whimbrel_lab::pair::{GuestSpec, Verdict};
@@ -61,7 +61,7 @@ pub struct Figures {
     /// What the emulator carried to the destination, IP headers included, and back.
     pub wan_bytes: u64,
     pub wan_bytes_back: u64,
-    /// Share of the link that was used from the guest's start at the destination to the end.
+    /// Share of the link that was used from the beginning of the copy to the end.
     pub link_use: Option<f64>,
     pub demands: u64,
     pub demand_p50_ms: f64,
@@ -116,7 +116,15 @@ impl Figures {
             _ => part as f64 / whole as f64,
         };
         let demands = report.map(|r| r.demands).unwrap_or_default();
-        let drain = report.and_then(|r| r.drain_ms).filter(|ms| *ms > 0.0);
+        let reached = |wanted| {
+            let mut phases = journey.phases.iter();
+            phases.find_map(|(phase, at)| (*phase == wanted).then_some(*at))
+        };
+        // From the first content that may have gone, ahead of the switch, to the last.
+        let flowing = match (reached(Phase::Copy), reached(Phase::Complete)) {
+            (Some(from), Some(to)) if to > from => Some((to - from).as_secs_f64()),
+            _ => None,
+        };
         let bits = journey.wan_out.out_bytes as f64 * 8.0;
         Figures {
             total_s: journey.took.as_secs_f64(),
@@ -129,7 +137,7 @@ impl Figures {
             units_sent_over_live: ratio(report.map_or(0, |r| r.units_sent), live),
             wan_bytes: journey.wan_out.out_bytes,
             wan_bytes_back: journey.wan_back.out_bytes,
-            link_use: drain.map(|ms| bits / (ms / 1e3) / setting.link_bits_per_s as f64),
+            link_use: flowing.map(|s| bits / s / setting.link_bits_per_s as f64),
             demands: demands.count,
             demand_p50_ms: demands.p50_ms,
             demand_p99_ms: demands.p99_ms,
@@ -219,6 +227,11 @@ impl Figures {
                 mib(self.unique_bytes),
                 self.units_sent_over_live
             ),
+        );
+        line(
+            "",
+            mib(self.report.as_ref().map_or(0, |r| r.units_outdated) * UNIT),
+            "went ahead of the switch in vain: the guest wrote there before it",
         );
         line(
             "over the link",

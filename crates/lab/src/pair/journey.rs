@@ -104,9 +104,12 @@ impl Journey {
                     let count = report.units_sent_again;
                     problems.push(format!("{count} units were sent twice"));
                 }
-                if report.units_sent > report.units_live {
-                    let (sent, live) = (report.units_sent, report.units_live);
-                    problems.push(format!("{sent} units were sent of {live} live ones"));
+                let (sent, live) = (report.units_sent, report.units_live);
+                let outdated = report.units_outdated;
+                if sent > live + outdated {
+                    problems.push(format!(
+                        "{sent} units were sent of {live} live ones, {outdated} of them in vain"
+                    ));
                 }
             }
         }

@@ -188,9 +188,16 @@ impl Scene {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+        // The daemon removes them once QEMU is gone.
         for folder in ["machines", "volumes"] {
-            let left = files_under(&site.state().join(folder));
-            assert!(left.is_empty(), "left on {host}: {left:?}");
+            loop {
+                let left = files_under(&site.state().join(folder));
+                if left.is_empty() {
+                    break;
+                }
+                assert!(Instant::now() < deadline, "left on {host}: {left:?}");
+                std::thread::sleep(Duration::from_millis(50));
+            }
         }
     }
 }

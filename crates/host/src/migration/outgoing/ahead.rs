@@ -108,7 +108,9 @@ impl Outgoing {
             dirtied,
             barrier: Barrier::Open,
         });
-        self.setup.board.tell("memory that the guest only reads goes ahead");
+        self.setup
+            .board
+            .tell("memory that the guest only reads goes ahead");
         self.say_ahead().await;
         self.setup.flow.open();
     }
