@@ -86,7 +86,7 @@ pub struct Selection {
 }
 
 /// The test programs that boot QEMU, as `.config/nextest.toml` has them in its test group.
-const BOOTS_QEMU: &[&str] = &["handover", "guest_", "e2e_", "wan_"];
+const BOOTS_QEMU: &[&str] = &["handover", "recovery", "guest_", "e2e_", "wan_"];
 
 /// Schedules of the journal's crash test (`crates/volume/src/journal/crash.rs`), which runs few of them by itself.
 const CRASH_SCHEDULES: &str = "WHIMBREL_CRASH_SCHEDULES";

@@ -483,7 +483,10 @@ mod tests {
             ("throttle web1 80", "no unit"),
             ("throttle web1 0Mbit", "never finish"),
             ("migrate web1", "--to"),
-            ("migrate web1 --to b --ram maybe", "auto, postcopy, precopy"),
+            (
+                "migrate web1 --to b --ram maybe",
+                "auto, hybrid, postcopy, precopy",
+            ),
             ("host trust b whk1-short b:1", "was it cut"),
             ("host trust b c d", "whk1-"),
             (

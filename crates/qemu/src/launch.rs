@@ -282,15 +282,12 @@ impl Launched {
     /// Negotiates on the connection that a later daemon will find again with [`Qmp::lifeline`]: to be done
     /// once, and kept, as what comes on it must be read.
     pub async fn lifeline(&self) -> Result<Qmp> {
-        let io = |source| Error::Io {
+        let stream = self.lifeline.stream().map_err(|source| Error::Io {
             what: "use the lifeline of",
             path: self.log.clone(),
             source,
-        };
-        let stream = self.lifeline.stream().map_err(io)?;
-        stream.set_nonblocking(true).map_err(io)?;
-        let stream = tokio::net::UnixStream::from_std(stream).map_err(io)?;
-        within(PATIENCE, "QEMU's greeting", Qmp::on(stream)).await?
+        })?;
+        within(PATIENCE, "QEMU's greeting", Qmp::on_lifeline(stream)).await?
     }
 
     /// Connects to its first monitor socket; [`Error::Exited`] with the log's end if it dies first.

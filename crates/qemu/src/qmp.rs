@@ -17,9 +17,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{
+    AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf,
+    WriteHalf,
+};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{Error, Result, lifeline};
@@ -118,6 +120,20 @@ impl Qmp {
     pub async fn on(stream: UnixStream) -> Result<Qmp> {
         let pid = stream.peer_cred().ok().and_then(|c| c.pid());
         let (read, write) = stream.into_split();
+        Qmp::greet(read, write, pid).await
+    }
+
+    /// Speaks QMP over a lifeline that nobody has spoken on yet.
+    pub(crate) async fn on_lifeline(stream: std::os::unix::net::UnixStream) -> Result<Qmp> {
+        let (read, write) = whole(stream)?;
+        Qmp::greet(read, write, None).await
+    }
+
+    async fn greet<R, W>(read: R, write: W, pid: Option<i32>) -> Result<Qmp>
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
         let mut read = BufReader::new(read);
         let greeting = read_line(&mut read).await?;
         let version = parse_version(&greeting["QMP"]["version"]).ok_or(Error::Answer {
@@ -141,16 +157,15 @@ impl Qmp {
     /// Takes over the lifeline of a QEMU that an earlier daemon started, even one that answers nobody at
     /// this moment; `None` if it has none. For out-of-band commands: the lifeline's essay says why.
     pub fn lifeline(pid: i32) -> Result<Option<Qmp>> {
-        let io = |source| Error::Io {
+        let stream = lifeline::of(pid).map_err(|source| Error::Io {
             what: "take the lifeline out of",
             path: format!("/proc/{pid}").into(),
             source,
-        };
-        let Some(stream) = lifeline::of(pid).map_err(io)? else {
+        });
+        let Some(stream) = stream? else {
             return Ok(None);
         };
-        stream.set_nonblocking(true).map_err(io)?;
-        let (read, write) = UnixStream::from_std(stream).map_err(io)?.into_split();
+        let (read, write) = whole(stream)?;
         let qmp = Qmp::begin(BufReader::new(read), write, Some(pid), true);
         // Answered when the main thread is free.
         let asking = qmp.clone();
@@ -164,12 +179,11 @@ impl Qmp {
         Ok(Some(qmp))
     }
 
-    fn begin(
-        read: BufReader<OwnedReadHalf>,
-        write: OwnedWriteHalf,
-        pid: Option<i32>,
-        oob: bool,
-    ) -> Qmp {
+    fn begin<R, W>(read: BufReader<R>, write: W, pid: Option<i32>, oob: bool) -> Qmp
+    where
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
+    {
         let (lines, queue) = mpsc::channel(COMMANDS);
         let (events, _) = broadcast::channel(EVENTS);
         let (closing, closed) = watch::channel(None);
@@ -362,7 +376,21 @@ pub(crate) fn parse_version(version: &Value) -> Option<Version> {
     })
 }
 
-async fn write_lines(mut write: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>>) {
+/// Halves of a lifeline: dropping them closes this daemon's copy and nothing else, where the halves of a
+/// stream of its own would tell QEMU that no more comes.
+fn whole(
+    stream: std::os::unix::net::UnixStream,
+) -> Result<(ReadHalf<UnixStream>, WriteHalf<UnixStream>)> {
+    let stream = stream
+        .set_nonblocking(true)
+        .and_then(|()| UnixStream::from_std(stream));
+    let stream = stream.map_err(|error| Error::Disconnected {
+        reason: error.to_string(),
+    })?;
+    Ok(tokio::io::split(stream))
+}
+
+async fn write_lines(mut write: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Vec<u8>>) {
     while let Some(line) = queue.recv().await {
         if write.write_all(&line).await.is_err() {
             // The reader sees the same end of the connection and tells everybody.
@@ -371,7 +399,7 @@ async fn write_lines(mut write: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8
     }
 }
 
-async fn read_line(read: &mut BufReader<OwnedReadHalf>) -> Result<Value> {
+async fn read_line(read: &mut BufReader<impl AsyncRead + Unpin>) -> Result<Value> {
     let mut line = Vec::new();
     let count = read
         .take(MAX_LINE)
@@ -396,14 +424,19 @@ async fn read_line(read: &mut BufReader<OwnedReadHalf>) -> Result<Value> {
 }
 
 async fn read_lines(
-    mut read: BufReader<OwnedReadHalf>,
+    mut read: BufReader<impl AsyncRead + Unpin>,
     pending: Pending,
     events: broadcast::Sender<Arc<Event>>,
     closing: watch::Sender<Option<String>>,
 ) {
     let mut heard = false;
     let reason = loop {
-        match read_line(&mut read).await {
+        let line = tokio::select! {
+            line = read_line(&mut read) => line,
+            // Nobody is left to hear it; another may want to read on from here.
+            () = closing.closed() => return,
+        };
+        match line {
             Ok(message) => {
                 heard = true;
                 dispatch(message, &pending, &events);

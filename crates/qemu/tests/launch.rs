@@ -113,7 +113,7 @@ async fn a_lifeline_is_found_again_by_who_knows_only_the_process() {
     let spec = LaunchSpec {
         binary: "qemu-system-x86_64".into(),
         name: "vm 1".into(),
-        machine: "none".into(),
+        machine: "q35".into(),
         cpu: "qemu64".into(),
         memory_bytes: 16 << 20,
         vcpus: 1,
@@ -124,7 +124,7 @@ async fn a_lifeline_is_found_again_by_who_knows_only_the_process() {
         serial: None,
         qmp: vec![dir.path().join("qmp")],
         incoming: false,
-        extra: Vec::new(),
+        extra: vec!["-S".into()],
     };
     let log = dir.path().join("log");
     // A daemon of its own, which dies: nobody reads what it was still to be told.

@@ -125,8 +125,18 @@ impl Reading {
         let mut configuration = Vec::new();
         let mut section_start = 0;
         let mut distinct = 0;
+        let mut package = None;
         loop {
-            match stream.next_event()? {
+            let event = stream.next_event()?;
+            // Between its package and what follows QEMU looks once more whether the stream is whole, and
+            // runs the guest on if it is not: only what follows says that the guest stays stopped whatever
+            // becomes of this daemon. (Commands may come before that look.)
+            if !matches!(event, Event::Command(_))
+                && let Some(state) = package.take()
+            {
+                self.stopped(state, false)?;
+            }
+            match event {
                 Event::Configuration(content) => configuration = content,
                 Event::Layout {
                     section,
@@ -162,8 +172,8 @@ impl Reading {
                         self.store()?.mark_stale(block, extent)?;
                     }
                 }
-                Event::Command(Command::Packaged(package)) => {
-                    self.stopped(Bytes::copy_from_slice(unpack(&package)?), false)?;
+                Event::Command(Command::Packaged(packed)) => {
+                    package = Some(Bytes::copy_from_slice(unpack(&packed)?));
                 }
                 Event::DeviceState(state) => self.stopped(state.into(), true)?,
                 Event::RamEnd | Event::Command(_) => {}

@@ -146,6 +146,8 @@ impl Outgoing {
         self.refresh_ahead();
         let disks = self.setup.disks.len();
         let Some(ahead) = &mut self.ahead else { return };
+        // What the destination says that it has, it says again when it has evicted.
+        self.fares.resident.clear();
         let blocks = ahead.dirtied.iter_mut().zip(&mut ahead.vain);
         for (block, ((dirtied, vain), stale)) in blocks.zip(&handover.stale).enumerate() {
             dirtied.union_with(stale);

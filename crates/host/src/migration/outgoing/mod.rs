@@ -349,6 +349,8 @@ impl Outgoing {
                     ahead.ram_taken();
                 }
             }
+            // From before the switch, with what is evicted by it.
+            Message::Fares(_) if self.stopped.is_some() && self.ran.is_none() => {}
             Message::Fares(fares) => self.fares = fares,
             other => {
                 tracing::warn!(?other, "a message that has no place at a source is ignored");
