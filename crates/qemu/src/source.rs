@@ -519,10 +519,17 @@ async fn watch_qemu(
 ) {
     let mut phase = shared.phase.subscribe();
     loop {
+        // The stream and the events come on two sockets: little memory may be drained before STOP is heard.
+        let stop_heard = shared.stopped_at.borrow().is_some();
+        let over = |p: &Phase| match p {
+            Phase::Drained => stop_heard,
+            Phase::Failed(_) => true,
+            Phase::Copying | Phase::Stopped => false,
+        };
         let event = tokio::select! {
             biased;
             event = qemu.next() => event,
-            _ = phase.wait_for(|p| matches!(p, Phase::Drained | Phase::Failed(_))) => break,
+            _ = phase.wait_for(over) => break,
         };
         let event = match event {
             Ok(event) => event,
