@@ -13,7 +13,7 @@ use whimbrel_lab::net::{CLIENT, Host, Place};
 use whimbrel_lab::probe::{EchoProber, EchoSpec, LineClient, LineCollector};
 use whimbrel_lab::process::Process;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 
 /// In the environment of a copy of this program that brings a lab up and waits.
 const CHILD: &str = "WHIMBREL_LAB_TEST_CHILD";
@@ -26,7 +26,7 @@ fn a_guest_moved_between_the_bridges_keeps_its_address() {
     let guest = FakeGuest::new(&lab);
     guest.plug(&lab, Host::A);
     let address = guest.address.to_string();
-    let ping = ["-c", "2", "-i", "0.01", "-W", "5", &address];
+    let ping = ["-c", "2", "-i", "0.01", "-W", "30", &address];
     run_inside(lab.namespace(Place::Client), "ping", &ping);
     guest.unplug();
     guest.plug(&lab, Host::B);
@@ -172,7 +172,7 @@ fn two_labs_at_once_do_not_meet() {
     };
     assert_ne!(prefix(&one), prefix(&two));
     let b = Host::B.wan_address().to_string();
-    run_inside(one.namespace(Host::A), "ping", &["-c", "1", "-W", "5", &b]);
+    run_inside(one.namespace(Host::A), "ping", &["-c", "1", "-W", "30", &b]);
     assert_eq!(packets_out(&two), 0);
 }
 

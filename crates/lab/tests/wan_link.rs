@@ -25,7 +25,7 @@ fn udp_pair(lab: &Lab) -> (UdpSocket, UdpSocket) {
     };
     let (a, b) = (open(Host::A, 0), open(Host::B, PORT));
     a.connect(address()).unwrap();
-    b.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    b.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     (a, b)
 }
 
@@ -131,7 +131,7 @@ fn an_outage_drops_all_and_ends() {
             break cut.elapsed();
         }
         assert!(
-            cut.elapsed() < Duration::from_secs(10),
+            cut.elapsed() < Duration::from_secs(60),
             "the outage does not end"
         );
     };
@@ -150,7 +150,7 @@ fn one_direction_is_cut_until_it_is_mended() {
     lab.wan().cut(Direction::AToB, None).unwrap();
     a.send(b"into the void").unwrap();
     b.send_to(b"back", a.local_addr().unwrap()).unwrap();
-    a.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    a.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     assert_eq!(
         a.recv(&mut datagram).unwrap(),
         4,
@@ -233,7 +233,7 @@ fn a_link_that_cannot_be_is_refused() {
 
 /// The counters once `count` packets have come into the direction.
 fn wait_for_packets(lab: &Lab, count: u64) -> whimbrel_lab::wan::LineStats {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let stats = lab.wan().stats(Direction::AToB);
         if stats.counts.in_packets >= count {

@@ -14,7 +14,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -193,7 +192,7 @@ impl LaunchSpec {
             log: log.to_owned(),
             log_start,
             qmp: self.qmp.first().cloned(),
-            lifeline: Arc::new(lifeline),
+            lifeline,
         })
     }
 }
@@ -268,14 +267,14 @@ fn escape(value: &str) -> String {
 }
 
 /// A QEMU that was started.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Launched {
     pub pid: u32,
     exited: watch::Receiver<Option<ExitStatus>>,
     log: PathBuf,
     log_start: u64,
     qmp: Option<PathBuf>,
-    lifeline: Arc<Lifeline>,
+    lifeline: Lifeline,
 }
 
 impl Launched {

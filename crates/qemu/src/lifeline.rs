@@ -35,6 +35,7 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 const NAME: &str = "lifeline";
 
 /// The daemon's end, of a QEMU about to be started.
+#[derive(Clone, Debug)]
 pub(crate) struct Lifeline {
     ours: Arc<UnixStream>,
 }

@@ -142,7 +142,7 @@ impl Qmp {
         })?;
         let offered = greeting["QMP"]["capabilities"].as_array();
         let oob = offered.is_some_and(|list| list.iter().any(|c| c == "oob"));
-        let qmp = Qmp::begin(read, write, pid, oob);
+        let qmp = Qmp::begin(read, write, pid, oob, FirstLine::Whole);
         // Nobody else has it yet.
         let _ = qmp.inner.version.set(version);
         let enable = if oob {
@@ -166,7 +166,8 @@ impl Qmp {
             return Ok(None);
         };
         let (read, write) = whole(stream)?;
-        let qmp = Qmp::begin(BufReader::new(read), write, Some(pid), true);
+        let read = BufReader::new(read);
+        let qmp = Qmp::begin(read, write, Some(pid), true, FirstLine::MayBeCut);
         // Answered when the main thread is free.
         let asking = qmp.clone();
         tokio::spawn(async move {
@@ -179,7 +180,13 @@ impl Qmp {
         Ok(Some(qmp))
     }
 
-    fn begin<R, W>(read: BufReader<R>, write: W, pid: Option<i32>, oob: bool) -> Qmp
+    fn begin<R, W>(
+        read: BufReader<R>,
+        write: W,
+        pid: Option<i32>,
+        oob: bool,
+        first: FirstLine,
+    ) -> Qmp
     where
         R: AsyncRead + Send + Unpin + 'static,
         W: AsyncWrite + Send + Unpin + 'static,
@@ -189,7 +196,13 @@ impl Qmp {
         let (closing, closed) = watch::channel(None);
         let pending = Pending::default();
         tokio::spawn(write_lines(write, queue));
-        tokio::spawn(read_lines(read, pending.clone(), events.clone(), closing));
+        tokio::spawn(read_lines(
+            read,
+            first,
+            pending.clone(),
+            events.clone(),
+            closing,
+        ));
         Qmp {
             inner: Arc::new(Inner {
                 lines,
@@ -359,6 +372,14 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// How the first line that is read begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FirstLine {
+    Whole,
+    /// An earlier daemon may have read its beginning.
+    MayBeCut,
+}
+
 /// Answers to an earlier daemon's commands may still come on a lifeline: theirs must be other numbers.
 fn first_id() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -425,24 +446,21 @@ async fn read_line(read: &mut BufReader<impl AsyncRead + Unpin>) -> Result<Value
 
 async fn read_lines(
     mut read: BufReader<impl AsyncRead + Unpin>,
+    mut first: FirstLine,
     pending: Pending,
     events: broadcast::Sender<Arc<Event>>,
     closing: watch::Sender<Option<String>>,
 ) {
-    let mut heard = false;
     let reason = loop {
         let line = tokio::select! {
             line = read_line(&mut read) => line,
             // Nobody is left to hear it; another may want to read on from here.
             () = closing.closed() => return,
         };
+        let first = std::mem::replace(&mut first, FirstLine::Whole);
         match line {
-            Ok(message) => {
-                heard = true;
-                dispatch(message, &pending, &events);
-            }
-            // Of a lifeline that was taken over, the first line may lack its beginning.
-            Err(Error::Protocol { .. }) if !heard => heard = true,
+            Ok(message) => dispatch(message, &pending, &events),
+            Err(Error::Protocol { .. }) if first == FirstLine::MayBeCut => {}
             Err(Error::Disconnected { reason }) => break reason,
             Err(other) => break other.to_string(),
         }

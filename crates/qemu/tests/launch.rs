@@ -23,7 +23,7 @@ impl Server {
             .arg(image)
             .spawn()
             .expect("qemu-nbd");
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(120);
         while !socket.exists() {
             assert!(Instant::now() < until, "qemu-nbd does not listen");
             std::thread::sleep(Duration::from_millis(10));
@@ -146,7 +146,7 @@ async fn a_lifeline_is_found_again_by_who_knows_only_the_process() {
     let refused = again.execute_oob("migrate-pause", json!({})).await;
     let refused = refused.expect_err("nothing to pause").to_string();
     assert!(!refused.contains("exec-oob"), "{refused}");
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     while again.version() != version {
         assert!(Instant::now() < until, "never told its version");
         tokio::time::sleep(Duration::from_millis(10)).await;

@@ -362,7 +362,7 @@ fn die(dir: &Path, death: &str) -> StreamLayout {
 
 /// Waits for QEMU to notice.
 async fn settles_as(guest: &Guest, expected: &str) {
-    let until = std::time::Instant::now() + Duration::from_secs(20);
+    let until = std::time::Instant::now() + Duration::from_secs(120);
     loop {
         let now = query(&guest.qmp).await;
         if now == expected {

@@ -133,14 +133,13 @@ async fn live(
     let end = stop.child_token();
     let mut tasks = JoinSet::new();
     life.arrivals.begin_life();
-    let features = connection.agreed().features;
-    let outbox = life.mouth.open(features);
+    let outbox = life.mouth.open(connection.agreed().features);
     let (pongs, pong_queue) = mpsc::channel(8);
     let (sender, receiver) = connection.split();
     life.pulse.up();
     tasks.spawn(guard(
         end.clone(),
-        control_out(sender, outbox, pong_queue, features, life.clone()),
+        control_out(sender, outbox, pong_queue, life.clone()),
     ));
     tasks.spawn(guard(
         end.clone(),
@@ -191,7 +190,6 @@ async fn control_out(
     mut sender: FrameSender,
     mut outbox: mpsc::Receiver<Message>,
     mut pongs: mpsc::Receiver<bytes::Bytes>,
-    features: u64,
     life: Life,
 ) -> Result<(), LaneError> {
     for (space, held) in life.arrivals.held() {
@@ -199,7 +197,7 @@ async fn control_out(
             say(&mut sender, &message).await?;
         }
     }
-    if life.arrivals.has_evicted() && features & FEATURE_AHEAD != 0 {
+    if life.arrivals.has_evicted() && life.mouth.features() & FEATURE_AHEAD != 0 {
         say(&mut sender, &Message::Evicted).await?;
     }
     say(&mut sender, &Message::HaveEnd).await?;

@@ -320,12 +320,18 @@ impl Flow {
     }
 
     /// The guest has stopped, and these units of a space have changed since they were offered: what the
-    /// peer was sent in vain of them. All of them are as if never offered.
-    pub fn outdate(&self, space: SpaceId, units: &UnitSet) -> UnitSet {
+    /// peer was sent of them is [outdated](Self::outdated). All of them are as if never offered.
+    pub fn outdate(&self, space: SpaceId, units: &UnitSet) {
         let mut inner = self.inner();
         let vain = inner.out.outdate(space, units);
-        inner.outdated[usize::from(space.0)] = Some(vain.clone());
-        vain
+        inner.outdated[usize::from(space.0)] = Some(vain);
+    }
+
+    /// Units of a space of which the peer was sent a copy in vain.
+    pub fn outdated(&self, space: SpaceId) -> Vec<Extent> {
+        let inner = self.inner();
+        let outdated = inner.outdated[usize::from(space.0)].iter();
+        outdated.flat_map(UnitSet::runs).collect()
     }
 
     /// After a reconnect: what the peer holds of a space.

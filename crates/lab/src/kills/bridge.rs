@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Seconds for which requests are held while nobody serves. Beyond it they fail, and fio says so.
 const RECONNECT_DELAY: u32 = 120;
 
-const UP_WITHIN: Duration = Duration::from_secs(20);
+const UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// The running bridge.
 #[derive(Debug)]

@@ -41,7 +41,7 @@ const DEVICE_QUEUE: u32 = 10_000;
 const TCP_BUFFERS: &str = "4096 131072 75000000";
 
 /// How long the kernel may take to find a device of ours up.
-const UP_WITHIN: Duration = Duration::from_secs(10);
+const UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

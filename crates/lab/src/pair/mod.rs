@@ -34,10 +34,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long a guest without KVM may take from its start until its workloads are at work.
-const BOOT_WITHIN: Duration = Duration::from_secs(120);
+const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
 /// How long QEMU may take to end after its guest has shut down.
-const END_WITHIN: Duration = Duration::from_secs(30);
+const END_WITHIN: Duration = Duration::from_secs(120);
 
 /// Two hosts that trust each other, both daemons up.
 #[derive(Debug)]

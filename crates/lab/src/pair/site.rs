@@ -13,10 +13,10 @@ pub const NETWORK: &str = "lan";
 
 const PORT: u16 = 7420;
 
-const UP_WITHIN: Duration = Duration::from_secs(20);
+const UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long a daemon may take to stop in an orderly way.
-const STOP_WITHIN: Duration = Duration::from_secs(10);
+const STOP_WITHIN: Duration = Duration::from_secs(60);
 
 /// What a host is to be like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

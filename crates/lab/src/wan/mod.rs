@@ -30,7 +30,7 @@ pub use tun::Tun;
 const ORDERS_BOUND: usize = 16;
 
 /// How long a direction's thread may take to obey an order before it counts as ended.
-const OBEY_WITHIN: Duration = Duration::from_secs(10);
+const OBEY_WITHIN: Duration = Duration::from_secs(60);
 
 /// Which way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use whimbrel_lab::wan::{LineSpec, WanSpec};
 pub const NAME: &str = "guest";
 
 /// How long a move of the small guest may take; it takes seconds.
-pub const MOVE_WITHIN: Duration = Duration::from_secs(120);
+pub const MOVE_WITHIN: Duration = Duration::from_secs(300);
 
 pub fn secs(n: u64) -> Duration {
     Duration::from_secs(n)

@@ -112,7 +112,7 @@ impl Guest {
 
     /// Listens until a line is of the wanted kind.
     pub fn wait_for(&mut self, wanted: impl Fn(&Line) -> bool) -> (Line, Duration) {
-        let until = Instant::now() + Duration::from_secs(90);
+        let until = Instant::now() + Duration::from_secs(180);
         while Instant::now() < until {
             if let Some(line) = self.hear()
                 && wanted(&line)
@@ -125,13 +125,13 @@ impl Guest {
 
     pub fn control(&self) -> Control {
         let address = ("127.0.0.1", self.control);
-        Control::connect(address, Duration::from_secs(60)).expect("the guest answers")
+        Control::connect(address, Duration::from_secs(180)).expect("the guest answers")
     }
 
     /// What the guest's echo answers.
     pub fn echo(&self, datagram: &[u8]) -> Vec<u8> {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
-        let patience = Some(Duration::from_secs(20));
+        let patience = Some(Duration::from_secs(120));
         socket.set_read_timeout(patience).expect("a timeout");
         let guest = ("127.0.0.1", self.echo);
         socket.send_to(datagram, guest).expect("sent");
@@ -161,7 +161,7 @@ impl Guest {
 
     /// Waits for QEMU to end by itself.
     pub fn ended(&mut self) -> bool {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(120);
         while Instant::now() < until {
             if self.qemu.try_wait().expect("our child").is_some() {
                 return true;

@@ -198,16 +198,21 @@ impl TakingUp {
         Ok((received, kept))
     }
 
-    /// The next message that is not a request; those are kept, as bytes.
+    /// The next message that is not a request; those are kept, as bytes. One without a name before any with
+    /// one is of the block that QEMU named to the former feeder: it is left out, for QEMU names its block
+    /// anew, and repeats every request that was not answered, once the recovery is through.
     async fn message(&mut self, kept: &mut Vec<u8>) -> Result<ReturnMessage> {
         loop {
             match ReturnMessage::decode(&self.heard)? {
                 Some((message, used)) => {
                     let bytes = self.heard.drain(..used);
-                    if !matches!(message, ReturnMessage::RequestPages { .. }) {
-                        return Ok(message);
+                    match &message {
+                        ReturnMessage::RequestPages { block: None, .. } if kept.is_empty() => {
+                            continue;
+                        }
+                        ReturnMessage::RequestPages { .. } => kept.extend(bytes),
+                        _ => return Ok(message),
                     }
-                    kept.extend(bytes);
                     if kept.len() > MAX_KEPT {
                         return Err(unexpected(&message));
                     }
@@ -238,5 +243,34 @@ impl TakingUp {
 fn unexpected(message: &ReturnMessage) -> Error {
     Error::Sink {
         reason: format!("{message:?} in the middle of the recovery"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_of_the_former_feeders_block_is_left_out() {
+        let (stream, mut qemu) = UnixStream::pair().expect("a pair");
+        let request = |block: Option<&str>| ReturnMessage::RequestPages {
+            block: block.map(str::to_owned),
+            start: UNIT,
+            len: 4096,
+        };
+        let mut said = Vec::new();
+        let (unnamed, named) = (request(None), request(Some("pc.ram")));
+        for message in [&unnamed, &named, &unnamed, &ReturnMessage::ResumeAck(1)] {
+            message.encode(&mut said);
+        }
+        qemu.write_all(&said).await.expect("written");
+        let heard = Vec::new();
+        let (mut taken, mut kept) = (TakingUp { stream, heard }, Vec::new());
+        let heard = taken.message(&mut kept).await.expect("a message");
+        assert_eq!(heard, ReturnMessage::ResumeAck(1));
+        let mut expected = Vec::new();
+        named.encode(&mut expected);
+        unnamed.encode(&mut expected);
+        assert_eq!(kept, expected);
     }
 }

@@ -29,6 +29,7 @@ use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::{FEATURE_AHEAD, MAX_RUNS, Message, RamMode};
 
 use super::Outgoing;
+use crate::migration::spaces;
 
 /// How far the destination is with what was sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,8 +47,6 @@ pub(super) struct Ahead {
     /// By block: units that were written to since the beginning.
     dirtied: Vec<UnitSet>,
     barrier: Barrier,
-    /// By block, from the stop on: units of which the destination has an old copy.
-    vain: Vec<UnitSet>,
 }
 
 impl Ahead {
@@ -75,20 +74,15 @@ impl Outgoing {
             return false;
         }
         let rest = self.refresh_ahead();
-        let Some(ahead) = &mut self.ahead else {
-            return true;
-        };
-        if rest {
+        let Some(ahead) = self.ahead.as_mut().filter(|_| !rest) else {
             return false;
-        }
+        };
         if ahead.barrier == Barrier::Open && self.link_up {
             ahead.barrier = Barrier::Said;
             let frames = self.setup.flow.frames();
             self.setup.link.mouth.say(Message::RamEnd { frames }).await;
         }
-        self.ahead
-            .as_ref()
-            .is_some_and(|ahead| ahead.barrier == Barrier::Closed)
+        ahead.barrier == Barrier::Closed
     }
 
     async fn begin_ahead(&mut self) {
@@ -104,7 +98,6 @@ impl Outgoing {
             dirtied.push(UnitSet::empty(b.units()));
         }
         self.ahead = Some(Ahead {
-            vain: dirtied.clone(),
             dirtied,
             barrier: Barrier::Open,
         });
@@ -131,7 +124,7 @@ impl Outgoing {
         let mut rest = false;
         for (block, dirtied) in ahead.dirtied.iter_mut().enumerate() {
             dirtied.union_with(&ram.store().take_dirtied(block));
-            let space = crate::migration::spaces::ram_id(disks, block);
+            let space = spaces::ram_id(disks, block);
             rest |= self.setup.flow.change(|out| {
                 out.set_withheld(space, dirtied);
                 out.has_pushable(space)
@@ -148,21 +141,21 @@ impl Outgoing {
         let Some(ahead) = &mut self.ahead else { return };
         // What the destination says that it has, it says again when it has evicted.
         self.fares.resident.clear();
-        let blocks = ahead.dirtied.iter_mut().zip(&mut ahead.vain);
-        for (block, ((dirtied, vain), stale)) in blocks.zip(&handover.stale).enumerate() {
+        let blocks = ahead.dirtied.iter_mut().zip(&handover.stale);
+        for (block, (dirtied, stale)) in blocks.enumerate() {
             dirtied.union_with(stale);
-            let space = crate::migration::spaces::ram_id(disks, block);
-            *vain = self.setup.flow.outdate(space, dirtied);
+            self.setup
+                .flow
+                .outdate(spaces::ram_id(disks, block), dirtied);
         }
     }
 
     /// Names to the destination what it must not keep, with each grant anew.
     pub(super) async fn say_stale(&self) {
         let Some(ahead) = &self.ahead else { return };
-        for (block, vain) in ahead.vain.iter().enumerate() {
+        for block in 0..ahead.dirtied.len() {
             let space = self.ram_space(block);
-            let runs: Vec<_> = vain.runs().collect();
-            for runs in runs.chunks(MAX_RUNS) {
+            for runs in self.setup.flow.outdated(space).chunks(MAX_RUNS) {
                 let runs = runs.to_vec();
                 let message = Message::Stale { space, runs };
                 self.setup.link.mouth.say(message).await;
