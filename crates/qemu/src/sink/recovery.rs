@@ -261,16 +261,13 @@ mod tests {
         let mut said = Vec::new();
         let (unnamed, named) = (request(None), request(Some("pc.ram")));
         for message in [&unnamed, &named, &unnamed, &ReturnMessage::ResumeAck(1)] {
-            message.encode(&mut said);
+            said.extend(message.encode());
         }
         qemu.write_all(&said).await.expect("written");
         let heard = Vec::new();
         let (mut taken, mut kept) = (TakingUp { stream, heard }, Vec::new());
         let heard = taken.message(&mut kept).await.expect("a message");
         assert_eq!(heard, ReturnMessage::ResumeAck(1));
-        let mut expected = Vec::new();
-        named.encode(&mut expected);
-        unnamed.encode(&mut expected);
-        assert_eq!(kept, expected);
+        assert_eq!(kept, [named.encode(), unnamed.encode()].concat());
     }
 }
