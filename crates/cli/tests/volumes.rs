@@ -271,11 +271,12 @@ fn a_disk_behind_a_uri_comes_with_its_holes() {
 #[test]
 fn what_is_interrupted_or_killed_leaves_no_volume() {
     let mut d = Daemon::start();
-    let socket = d.path("slow.sock");
-    let args = ["--filter=delay", "pattern", "size=1G", "delay-read=200ms"];
-    let _server = nbdkit(&d, &socket, &args);
-    let uri = format!("nbd+unix:///?socket={socket}");
-    let import = |d: &Daemon| {
+    // One for each import: nbdkit 1.32 may die of a client that breaks off (`raw_send_socket: sock >= 0`).
+    let import = |d: &Daemon, socket: &str| {
+        let socket = d.path(socket);
+        let args = ["--filter=delay", "pattern", "size=1G", "delay-read=200ms"];
+        let server = nbdkit(d, &socket, &args);
+        let uri = format!("nbd+unix:///?socket={socket}");
         let mut child = d
             .command(&["volume", "import", "slow", &uri, "--json"])
             .stdout(Stdio::null())
@@ -286,14 +287,14 @@ fn what_is_interrupted_or_killed_leaves_no_volume() {
         if child.try_wait().unwrap().is_some() {
             panic!("ended: {}", err(&child.wait_with_output().unwrap()));
         }
-        child
+        (child, server)
     };
-    let mut child = import(&d);
+    let (mut child, _server) = import(&d, "slow.sock");
     child.kill().unwrap();
     child.wait().unwrap();
     wait_until(|| d.folders().is_empty());
 
-    let mut child = import(&d);
+    let (mut child, _server) = import(&d, "again.sock");
     d.crash();
     assert!(!child.wait().unwrap().success());
     assert_eq!(d.folders(), Vec::<String>::new());

@@ -95,7 +95,7 @@ fn both_daemons_killed_in_the_drain_again_and_again() {
     let mut scene = start(&slow());
     let mut guest = scene.guest_on(Host::A);
     drains_to(&scene, 50);
-    for _ in 0..3 {
+    for _ in 0..2 {
         dies(&mut scene, Host::A);
         dies(&mut scene, Host::B);
         std::thread::sleep(secs(1));
