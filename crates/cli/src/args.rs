@@ -5,7 +5,7 @@ use clap_complete::Shell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use whimbrel_host::api::{Format, ImageFormat, RamMode};
-use whimbrel_host::state::{ByteSize, Name, RateLimit};
+use whimbrel_host::state::{ByteSize, LatencyBound, Name, RateLimit};
 use whimbrel_peer::key_id::KeyId;
 use whimbrel_peer::trust::{PeerAddress, PeerName};
 
@@ -292,6 +292,10 @@ pub struct Migrate {
     /// Most of the link it may use, such as 80Mbit; can be changed later with `throttle`
     #[arg(long, value_name = "RATE", default_value = "unlimited")]
     pub bandwidth: RateLimit,
+    /// What the guest's own I/O is to stay within (p99), such as 20ms: push yields beyond it; off: never. As the
+    /// configuration has it by default, which is 100ms unless it says otherwise
+    #[arg(long, value_name = "TIME")]
+    pub guest_latency: Option<LatencyBound>,
     /// Copy, but switch only when told to with `switch`
     #[arg(long)]
     pub hold: bool,
@@ -399,12 +403,13 @@ mod tests {
 
     #[test]
     fn a_migration_can_be_told_everything() {
-        let line = "migrate web1 --to b --bandwidth 80Mbit --hold --ram precopy --detach --json";
+        let line = "migrate web1 --to b --bandwidth 80Mbit --guest-latency 20ms --hold --ram precopy --detach --json";
         let cli = parse(line).unwrap();
         let Command::Migrate(m) = cli.command else {
             panic!()
         };
         assert_eq!(m.bandwidth.0.unwrap().bits_per_second(), 80_000_000);
+        assert_eq!(m.guest_latency.unwrap().to_string(), "20ms");
         assert!(m.hold && m.detach && cli.global.json);
         assert_eq!(RamMode::from(m.ram), RamMode::Precopy);
     }

@@ -25,6 +25,7 @@ pub async fn migrate(context: &Context, command: Migrate) -> Result<(), CliError
         bandwidth: command.bandwidth,
         hold: command.hold,
         ram: command.ram.into(),
+        guest_latency: command.guest_latency,
     };
     let view: MigrationView = context.client.post("/v1/migrations", &request).await?;
     if command.detach {

@@ -3,8 +3,8 @@
 use crate::output::{pairs, table};
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_host::api::{
-    DemandStats, HostView, LinkView, MachineStatus, MachineView, MigrationReport, MigrationState,
-    MigrationView, PeerView, VolumeView,
+    DemandStats, GuestIo, HostView, LinkView, MachineStatus, MachineView, MigrationReport,
+    MigrationState, MigrationView, PeerView, VolumeView,
 };
 use whimbrel_host::state::{ByteSize, Rate};
 
@@ -64,6 +64,28 @@ pub fn link(link: &LinkView) -> String {
         (false, Some(what), _) => format!("down {age}: {what}"),
         (false, None, _) => format!("down {age}"),
     }
+}
+
+fn guest_io(g: &GuestIo) -> String {
+    if g.requests == 0 {
+        return "none".to_string();
+    }
+    let held = match g.bound.0 {
+        None => "no bound".to_string(),
+        Some(_) if g.held_ms == 0.0 => format!("within {}", g.bound),
+        Some(_) => format!(
+            "push held back for {:.1} s to keep to {}",
+            g.held_ms / 1000.0,
+            g.bound
+        ),
+    };
+    format!(
+        "{} requests, p50 {}, p99 {}, longest {}; {held}",
+        g.requests,
+        millis(g.p50_ms),
+        millis(g.p99_ms),
+        millis(g.max_ms)
+    )
 }
 
 fn demands(d: &DemandStats) -> String {
@@ -330,7 +352,15 @@ pub fn migration(m: &MigrationView) -> String {
         ("time left", eta(m)),
         (
             "rate",
-            format!("{} of {}", Rate::approx(m.rate), m.bandwidth),
+            match m.push_held_to {
+                Some(held) => format!(
+                    "{} of {}, push held to {} for the guest's I/O",
+                    Rate::approx(m.rate),
+                    m.bandwidth,
+                    Rate::approx(held)
+                ),
+                None => format!("{} of {}", Rate::approx(m.rate), m.bandwidth),
+            },
         ),
         (
             "sent",
@@ -410,6 +440,7 @@ pub fn report(r: &MigrationReport) -> String {
             ),
         ),
         ("demands", demands(&r.demands)),
+        ("guest's I/O", guest_io(&r.guest_io)),
         (
             "without link",
             format!("{:.1} s, {} reconnects", r.outage_ms / 1000.0, r.reconnects),

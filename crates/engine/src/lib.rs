@@ -13,10 +13,14 @@
 //! | [`outflow`] | the source's side of a copy: what is still to send, and what goes next |
 //! | [`inflow`] | the destination's side of a copy: what is resident, who waits, what may be stored |
 //! | [`switchover`] | who owns the machine: the two state machines and their journal records |
+//! | [`latency`] | how long requests took, counted by size |
+//! | [`guard`] | how much push may go while the guest's own I/O is slow |
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
+pub mod guard;
 pub mod inflow;
+pub mod latency;
 pub mod outflow;
 pub mod progress;
 pub mod set;

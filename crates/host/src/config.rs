@@ -6,16 +6,23 @@
 //! socket    = "/var/lib/whimbrel/api.sock"  # the command's way to the daemon; default STATE/api.sock
 //! qemu      = "qemu-system-x86_64"          # found through PATH, or a path
 //! bandwidth = "800Mbit"                     # all migrations together; default unlimited
+//! guest_latency = "100ms"                   # push yields beyond it (p99 of the moving guest's I/O), or "off"
 //! log       = "info"                        # a filter as in RUST_LOG, which goes before it
 //!
 //! [networks]                                # what machines call it = this host's bridge
 //! lan = "br0"
+//!
+//! [[schedule]]                              # other limits at other times: see `schedule`
+//! from = "08:00"
+//! to = "18:00"
+//! bandwidth = "100Mbit"
 //! ```
 //!
 //! Everything has a default. A key that means nothing is an error, never silently ignored.
 
 use crate::api::{ApiError, ErrorCode};
-use crate::state::{Name, RateLimit, TomlError, toml_text};
+use crate::schedule;
+use crate::state::{LatencyBound, Name, RateLimit, TomlError, toml_text};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io;
@@ -101,6 +108,10 @@ pub struct Config {
     pub networks: BTreeMap<Name, String>,
     /// What all migrations together may send.
     pub bandwidth: RateLimit,
+    /// Other limits at other times.
+    pub schedule: Vec<schedule::Entry>,
+    /// What a guest's requests are to stay within while its machine moves away from here.
+    pub guest_latency: LatencyBound,
     /// A filter for the log, as `tracing-subscriber` reads it.
     pub log: String,
 }
@@ -114,6 +125,8 @@ impl Default for Config {
             qemu: PathBuf::from("qemu-system-x86_64"),
             networks: BTreeMap::new(),
             bandwidth: RateLimit(None),
+            schedule: Vec::new(),
+            guest_latency: LatencyBound::default(),
             log: "info".to_string(),
         }
     }

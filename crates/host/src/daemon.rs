@@ -31,6 +31,7 @@ use crate::migration::outgoing::Command;
 use crate::migration::peeks::Peeks;
 use crate::migration::record::MigrationJournal;
 use crate::peers::Dialler;
+use crate::schedule;
 use crate::service::first_view;
 use crate::state::{MigrationId, Name, RateLimit, StateDir, Timestamp};
 use crate::volumes::claims::Claims;
@@ -97,7 +98,8 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
     )
     .await?;
     let socket = api::bind(&config.socket_path()).await?;
-    let pace = Pace::new(rate_of(config.bandwidth));
+    let limit = schedule::limit_now(&config.schedule, config.bandwidth);
+    let pace = Pace::new(rate_of(limit));
     let daemon = Arc::new(Daemon {
         host: Arc::new(Host {
             name: name.to_string(),
@@ -118,6 +120,15 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
     daemon.take_up().await;
     tracing::info!(host = %name, listen = %listener.local_addr(), "whimbrel is up");
     let keeping = tokio::spawn(crate::volumes::heat::keep(daemon.host.clone()));
+    let pacing = (!daemon.host.config.schedule.is_empty()).then(|| {
+        let config = &daemon.host.config;
+        let keep = schedule::keep(
+            config.schedule.clone(),
+            config.bandwidth,
+            daemon.host.pace.clone(),
+        );
+        tokio::spawn(keep)
+    });
     let serving = api::serve(socket, daemon.clone(), stopping.clone());
     tokio::pin!(serving);
     loop {
@@ -134,6 +145,9 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
         }
     }
     keeping.abort();
+    if let Some(pacing) = pacing {
+        pacing.abort();
+    }
     daemon.host.heat.save(&daemon.host).await;
     for machine in daemon.machines.all() {
         if let Some(running) = &mut machine.lock().await.running {

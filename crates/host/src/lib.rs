@@ -20,6 +20,7 @@ pub mod machine;
 pub mod machines;
 pub mod migration;
 pub mod peers;
+pub mod schedule;
 pub mod service;
 pub mod state;
 pub mod volumes;

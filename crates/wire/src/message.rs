@@ -25,6 +25,7 @@
 //! [`Message::HaveEnd`]; only then does content flow again.
 
 use serde::{Deserialize, Serialize};
+use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_engine::switchover::{Epoch, Say};
 
@@ -49,8 +50,11 @@ pub const FEATURE_HEAT: u64 = 1;
 /// The peer can take RAM ahead of a switchover by post-copy.
 pub const FEATURE_AHEAD: u64 = 2;
 
+/// The peer says or hears [`Message::Felt`].
+pub const FEATURE_FELT: u64 = 8;
+
 /// The features of this version.
-pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD;
+pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD | FEATURE_FELT;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -233,6 +237,11 @@ pub enum Message {
     /// Among what a reconnecting source is told, if it is so: the destination has heard the grant, and keeps
     /// nothing of what it was told is stale. Needs [`FEATURE_AHEAD`].
     Evicted,
+    /// How long the guest's requests took of late, without the link's own round trip: buckets of
+    /// `whimbrel_engine::latency` with their counts. Needs [`FEATURE_FELT`].
+    Felt {
+        counts: Vec<(u8, u32)>,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -267,6 +276,8 @@ pub enum MessageError {
     TooManyExtents { extents: u64 },
     #[error("packed heat of {extents} extents does not unpack to that many")]
     BadHeat { extents: u64 },
+    #[error("latencies in buckets that do not exist, or out of order")]
+    BadLatencies,
     #[error("packed data does not unpack to at most {limit} bytes")]
     Unpack { limit: usize },
 }
@@ -277,6 +288,7 @@ impl Message {
         match self {
             Message::Heat { .. } => FEATURE_HEAT,
             Message::Ahead | Message::Evicted => FEATURE_AHEAD,
+            Message::Felt { .. } => FEATURE_FELT,
             _ => 0,
         }
     }
@@ -312,6 +324,9 @@ impl Message {
             }
             Message::Heat { extents, .. } if *extents > MAX_HEAT_EXTENTS => {
                 return Err(MessageError::TooManyExtents { extents: *extents });
+            }
+            Message::Felt { counts } if Latencies::from_counts(counts).is_none() => {
+                return Err(MessageError::BadLatencies);
             }
             _ => {}
         }

@@ -61,6 +61,7 @@ pub fn sample_migration() -> MigrationView {
         rate: 0,
         eta: None,
         demands: DemandStats::default(),
+        push_held_to: None,
         blackout_ms: None,
         link: LinkView {
             connected: true,

@@ -5,8 +5,8 @@
 
 use super::error::ApiError;
 use crate::state::{
-    Accel, ByteSize, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit, Timestamp,
-    VolumeUuid,
+    Accel, ByteSize, LatencyBound, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit,
+    Timestamp, VolumeUuid,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -410,6 +410,10 @@ pub struct MigrateRequest {
     pub hold: bool,
     #[serde(default)]
     pub ram: RamMode,
+    /// What the guest's requests are to stay within, p99, while disks and link are shared with it; the
+    /// configuration's if it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_latency: Option<LatencyBound>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -471,6 +475,9 @@ pub struct MigrationView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta: Option<EtaRange>,
     pub demands: DemandStats,
+    /// Bits per second that push is held to for the sake of the guest's own I/O.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub push_held_to: Option<u64>,
     /// Source STOP to destination RUNNING.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blackout_ms: Option<f64>,
@@ -561,11 +568,28 @@ pub struct MigrationReport {
     pub late_copies: u64,
     pub sent: SentBytes,
     pub demands: DemandStats,
+    /// The guest's own requests to its disks at the destination, until all was there.
+    #[serde(default)]
+    pub guest_io: GuestIo,
     /// Time without a link, altogether.
     pub outage_ms: f64,
     pub reconnects: u64,
     /// Whether every extent's digest was compared and found equal.
     pub verified: bool,
+}
+
+/// How a guest's requests to its disks fared while these were on the way. Of requests that waited for the source,
+/// the link's least round trip is not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GuestIo {
+    pub requests: u64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+    pub max_ms: f64,
+    /// What the p99 was to stay within.
+    pub bound: LatencyBound,
+    /// Time for which push was held back to keep to it.
+    pub held_ms: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -25,13 +25,18 @@ use crate::machine::{ram_out_socket, reattach};
 use crate::machines::{Machine, open_disks, set_volume};
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
+use crate::migration::easing::Easing;
 use crate::migration::flow::Flow;
 use crate::migration::incoming;
 use crate::migration::landing::Plan;
 use crate::migration::outgoing::{self, Outgoing, offer_again};
-use crate::migration::record::{MigrationJournal, is_over, mark_over, read_bandwidth, read_layout};
+use crate::migration::record::{
+    MigrationJournal, is_over, mark_over, read_bandwidth, read_latency, read_layout,
+};
 use crate::service::first_view;
-use crate::state::{MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir};
+use crate::state::{
+    LatencyBound, MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir,
+};
 
 fn damaged(what: impl ToString) -> ApiError {
     ApiError::new(ErrorCode::Damaged, what.to_string())
@@ -251,12 +256,15 @@ impl Daemon {
             Direction::Outgoing,
         );
         let (flow, pace) = (Arc::<Flow>::default(), self.host.pace.clone());
+        // Nothing is pushed.
+        let easing = Arc::new(Easing::new(LatencyBound(None)));
         let (ram_changes, changes) = watch::channel(false);
         let gear = Gear {
             dialler: self.dialler(view.peer.clone(), session_of(id)?),
             flow: flow.clone(),
             pace: pace.clone(),
             pushes: 0,
+            easing: easing.clone(),
             ram_changes: changes,
         };
         // Nobody commands a move that is off.
@@ -270,6 +278,7 @@ impl Daemon {
             link: Departure::redial(gear),
             flow,
             pace,
+            easing,
             commands,
             spec,
             runtime,
@@ -353,6 +362,7 @@ impl Daemon {
         machine.lock().await.migration = Some(id.clone());
         let mut view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Outgoing);
         view.bandwidth = read_bandwidth(folder);
+        let easing = Arc::new(Easing::new(read_latency(folder)));
         let pace = self.host.pace.under(rate_of(view.bandwidth));
         let board = Arc::new(Board::new(view));
         board.phase(source.phase());
@@ -374,6 +384,7 @@ impl Daemon {
                 flow: flow.clone(),
                 pace: pace.clone(),
                 pushes: 1,
+                easing: easing.clone(),
                 ram_changes: changes,
             });
             let setup = outgoing::Setup {
@@ -384,6 +395,7 @@ impl Daemon {
                 link,
                 flow,
                 pace,
+                easing,
                 commands: queue,
                 spec,
                 runtime,

@@ -145,13 +145,13 @@ impl Filling {
         }
     }
 
-    /// Waits until the byte range is resident, demanding what is not.
-    async fn have(&self, offset: u64, len: u64) {
+    /// Waits until the byte range is resident, demanding what is not; whether it was not.
+    async fn have(&self, offset: u64, len: u64) -> bool {
         let units = Extent::touching(offset, len);
         let wait = {
             let mut inner = self.inner();
             match inner.space.read(units, self.now()) {
-                ReadPlan::Ready => return,
+                ReadPlan::Ready => return false,
                 ReadPlan::Wait { ticket, demands } => {
                     self.wants.demand(self.id, &demands);
                     inner.wakers.register(ticket)
@@ -160,14 +160,15 @@ impl Filling {
         };
         // The sender lives as long as the waiting entry; it is dropped unsent only with the whole disk.
         let _ = wait.await;
+        true
     }
 
     pub async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
-        self.have(offset, u64::from(len)).await;
-        self.file
-            .read(offset, len as usize)
-            .await
-            .map_err(|e| errno(&e))
+        let begun = Instant::now();
+        let fetched = self.have(offset, u64::from(len)).await;
+        let read = self.file.read(offset, len as usize).await;
+        self.wants.felt.request(begun, fetched);
+        read.map_err(|e| errno(&e))
     }
 
     /// Starts to fetch the range and waits for nothing.
@@ -181,27 +182,45 @@ impl Filling {
 
     pub async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
         let len = data.len() as u64;
-        self.change(offset, len, Deed::Write(data)).await?;
-        if fua { self.flush().await } else { Ok(()) }
+        self.felt(self.change(offset, len, Deed::Write(data)), fua)
+            .await
     }
 
     pub async fn zero(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
-        self.change(offset, len, Deed::Zero(how)).await?;
-        if how.fua { self.flush().await } else { Ok(()) }
+        self.felt(self.change(offset, len, Deed::Zero(how)), how.fua)
+            .await
     }
 
     /// Discards the whole units of the range: a part of a unit is not worth fetching the rest for.
     pub async fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
         let start = offset.div_ceil(UNIT) * UNIT;
         let end = (offset + len) / UNIT * UNIT;
-        if start < end {
-            self.change(start, end - start, Deed::Discard).await?;
-        }
-        if fua { self.flush().await } else { Ok(()) }
+        let discard = async {
+            match end.checked_sub(start) {
+                None | Some(0) => Ok(()),
+                Some(len) => self.change(start, len, Deed::Discard).await,
+            }
+        };
+        self.felt(discard, fua).await
     }
 
     pub async fn flush(&self) -> Result<(), Errno> {
-        self.make_durable().await.map_err(|e| errno(&e))
+        self.felt(async { Ok(()) }, true).await
+    }
+
+    /// Performs a request that changes the disk, durably if that is asked for, and counts how long it took.
+    async fn felt(
+        &self,
+        request: impl Future<Output = Result<(), Errno>>,
+        durably: bool,
+    ) -> Result<(), Errno> {
+        let begun = Instant::now();
+        let mut result = request.await;
+        if result.is_ok() && durably {
+            result = self.make_durable().await.map_err(|e| errno(&e));
+        }
+        self.wants.felt.request(begun, false);
+        result
     }
 
     async fn change(&self, offset: u64, len: u64, what: Deed) -> Result<(), Errno> {

@@ -12,6 +12,7 @@
 //! write that was acknowledged is in the file and none will follow.
 
 mod export;
+mod felt;
 mod filling;
 mod wants;
 

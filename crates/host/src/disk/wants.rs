@@ -13,6 +13,8 @@ use hdrhistogram::Histogram;
 use tokio::sync::Notify;
 use whimbrel_engine::space::{Extent, SpaceId};
 
+use super::felt::Felt;
+
 /// Most notes of units no longer needed that are kept; further ones are dropped, which costs a copy sent
 /// in vain and thrown away on arrival.
 const MAX_NOTES: usize = 65536;
@@ -39,6 +41,8 @@ pub struct Wants {
     inner: Mutex<Inner>,
     some: Notify,
     latencies: Mutex<Histogram<u64>>,
+    /// How long the guest's requests took.
+    pub felt: Felt,
 }
 
 /// Figures of answered demands.
@@ -59,6 +63,7 @@ impl Default for Wants {
                 Histogram::new_with_bounds(1, MAX_LATENCY_US, 3)
                     .expect("constant bounds that hdrhistogram accepts"),
             ),
+            felt: Felt::default(),
         }
     }
 }

@@ -15,10 +15,11 @@ use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
 use whimbrel_peer::hello::Class;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::message::{
-    FEATURE_AHEAD, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap,
+    FEATURE_AHEAD, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap,
 };
 
 use super::arrivals::Arrivals;
+use super::easing::PERIOD;
 use super::lane::{
     Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, until_first_ends,
 };
@@ -213,6 +214,10 @@ async fn control_out(
         return Err(LaneError::Closed);
     }
     let mut ping = tokio::time::interval(PING_EVERY);
+    let mut period = tokio::time::interval(PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // What was felt without a link is the outage's.
+    life.wants.felt.take();
     loop {
         tokio::select! {
             biased;
@@ -236,6 +241,17 @@ async fn control_out(
             _ = ping.tick() => {
                 let payload = life.pulse.ping();
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
+            }
+            _ = period.tick() => {
+                if let Some(rtt) = life.pulse.least_rtt() {
+                    life.wants.felt.set_round_trip(rtt);
+                }
+                let felt = life.wants.felt.take();
+                let knows = life.mouth.features() & FEATURE_FELT != 0;
+                if !felt.is_empty() && knows && life.pulse.is_alive() {
+                    let counts = felt.counts().collect();
+                    say(&mut sender, &Message::Felt { counts }).await?;
+                }
             }
         }
     }

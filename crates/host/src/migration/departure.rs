@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::outflow::Class as CopyClass;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId};
@@ -24,6 +25,7 @@ use whimbrel_wire::frame::{HEADER_LEN, Kind};
 use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
 use whimbrel_wire::units::{Encoding, Units};
 
+use super::easing::{Easing, PERIOD};
 use super::flow::{Answer, Content, Flow, Since};
 use super::governor::Governor;
 use super::lane::{
@@ -58,6 +60,7 @@ pub struct Gear {
     pub pace: Pace,
     /// Push connections.
     pub pushes: u16,
+    pub easing: Arc<Easing>,
     /// RAM's content still changes here: set until the stop.
     pub ram_changes: watch::Receiver<bool>,
 }
@@ -192,6 +195,8 @@ async fn control_out(
 ) -> Result<(), LaneError> {
     let mut ping = tokio::time::interval(PING_EVERY);
     ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut period = tokio::time::interval(PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
@@ -203,6 +208,12 @@ async fn control_out(
             _ = ping.tick() => {
                 let payload = life.pulse.ping();
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
+            }
+            _ = period.tick() => {
+                let admitted = life.governor.pace().admitted();
+                let lives = life.pulse.is_alive();
+                let cap = life.gear.easing.period(admitted, Instant::now(), lives);
+                life.governor.cap(cap);
             }
         }
     }
@@ -357,6 +368,12 @@ async fn control_in(
                 packed,
             }) => holdings.note(&flow, space, first, units, &packed)?,
             Heard::Message(Message::Evicted) => evicted = true,
+            Heard::Message(Message::Felt { counts }) => {
+                // Decoding has checked them.
+                if let Some(felt) = Latencies::from_counts(&counts) {
+                    life.gear.easing.heard(&felt);
+                }
+            }
             Heard::Message(Message::HaveEnd) => {
                 let changing = *life.gear.ram_changes.borrow();
                 let mut said = std::mem::take(&mut holdings.0);

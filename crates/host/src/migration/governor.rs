@@ -117,6 +117,8 @@ struct Inner {
     looked: Option<Instant>,
     /// Holding back until then.
     looking: Option<Instant>,
+    /// Bytes a second that push may use for the guest's sake.
+    cap: Option<u64>,
 }
 
 /// What the last window gave, in bytes a second.
@@ -139,6 +141,7 @@ impl Inner {
             quiet: 0,
             looked: None,
             looking: None,
+            cap: None,
         }
     }
 
@@ -259,7 +262,8 @@ impl Inner {
         } else {
             1.0
         };
-        Rate::PerSecond((self.rate * factor) as u64)
+        let rate = (self.rate * factor) as u64;
+        Rate::PerSecond(rate.min(self.cap.unwrap_or(u64::MAX)))
     }
 }
 
@@ -289,7 +293,8 @@ impl Governor {
 
     /// Units that a frame of push may have now.
     pub fn frame_units(&self) -> u64 {
-        let rate = self.inner().rate;
+        let inner = self.inner();
+        let rate = inner.rate.min(inner.cap.map_or(MOST, |cap| cap as f64));
         ((rate * FRAME / UNIT as f64) as u64).clamp(1, MAX_UNITS)
     }
 
@@ -302,6 +307,17 @@ impl Governor {
             governor: self,
             gauge,
         }
+    }
+
+    /// Push uses no more than this, whatever the link takes. What it does not use teaches nothing about the
+    /// link.
+    pub fn cap(&self, cap: Option<u64>) {
+        let pace = {
+            let mut inner = self.inner();
+            inner.cap = cap;
+            inner.pace()
+        };
+        self.pace.set_rate(pace);
     }
 
     /// A ping came back after `rtt`.

@@ -16,6 +16,7 @@ pub mod arrival;
 pub mod arrivals;
 pub mod board;
 pub mod departure;
+pub mod easing;
 pub mod flow;
 mod governor;
 mod heat;

@@ -12,7 +12,7 @@ use whimbrel_engine::switchover::Record;
 use whimbrel_qemu::stream::StreamLayout;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::state::{RateLimit, StateDir, StateError};
+use crate::state::{LatencyBound, RateLimit, StateDir, StateError};
 
 const FILE: &str = "journal";
 
@@ -25,6 +25,9 @@ const LAYOUT: &str = "layout.json";
 /// What the migration may send, as the operator said last.
 const BANDWIDTH: &str = "bandwidth";
 
+/// How long the guest's requests may take.
+const LATENCY: &str = "guest-latency";
+
 /// Keeps the migration's limit, for a daemon that takes it up.
 pub fn save_bandwidth(folder: &Path, limit: RateLimit) -> Result<(), StateError> {
     StateDir::replace_file(&folder.join(BANDWIDTH), limit.to_string().as_bytes())
@@ -35,6 +38,18 @@ pub fn read_bandwidth(folder: &Path) -> RateLimit {
     let text = StateDir::read_text(&folder.join(BANDWIDTH)).ok().flatten();
     let limit = text.and_then(|text| text.trim().parse().ok());
     limit.unwrap_or_default()
+}
+
+/// Keeps the bound on the guest's latency, for a daemon that takes the migration up.
+pub fn save_latency(folder: &Path, bound: LatencyBound) -> Result<(), StateError> {
+    StateDir::replace_file(&folder.join(LATENCY), bound.to_string().as_bytes())
+}
+
+/// The bound that was kept; the default if there is nothing, or nothing that can be understood.
+pub fn read_latency(folder: &Path) -> LatencyBound {
+    let text = StateDir::read_text(&folder.join(LATENCY)).ok().flatten();
+    let bound = text.and_then(|text| text.trim().parse().ok());
+    bound.unwrap_or_default()
 }
 
 /// Whether nothing is left to do of the migration in this folder.

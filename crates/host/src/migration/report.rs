@@ -5,8 +5,11 @@ use std::time::Duration;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_wire::message::Fares;
 
+use super::easing::Easing;
 use super::flow::Flow;
-use crate::api::types::{DemandStats, MigrationReport, SentBytes, SpaceProgress, TimePart};
+use crate::api::types::{
+    DemandStats, GuestIo, MigrationReport, SentBytes, SpaceProgress, TimePart,
+};
 use crate::disk::DemandFigures;
 
 /// Times that only the driver knows.
@@ -77,7 +80,25 @@ pub fn fares(figures: DemandFigures, resident: Vec<u64>, late: u64, verified: u6
     }
 }
 
-pub fn outgoing(flow: &Flow, fares: &Fares, times: Times, reconnects: u64) -> MigrationReport {
+pub fn guest_io(easing: &Easing) -> GuestIo {
+    let figures = easing.figures();
+    GuestIo {
+        requests: figures.requests,
+        p50_ms: ms(figures.p50_us),
+        p99_ms: ms(figures.p99_us),
+        max_ms: ms(figures.max_us),
+        bound: easing.bound(),
+        held_ms: ms(figures.held_us),
+    }
+}
+
+pub fn outgoing(
+    flow: &Flow,
+    fares: &Fares,
+    easing: &Easing,
+    times: Times,
+    reconnects: u64,
+) -> MigrationReport {
     let millis = |d: Duration| d.as_secs_f64() * 1e3;
     let mut parts = Vec::new();
     if let (Some(stop), Some(run)) = (times.stopped_at, times.resumed_at) {
@@ -105,6 +126,7 @@ pub fn outgoing(flow: &Flow, fares: &Fares, times: Times, reconnects: u64) -> Mi
         late_copies: fares.late_copies,
         sent: sent_bytes(flow),
         demands: demands(fares),
+        guest_io: guest_io(easing),
         outage_ms: millis(times.outage),
         reconnects,
         verified: true,

@@ -21,9 +21,10 @@ use crate::machine::{Adoption, Boot, DiskServer, MachineError, adopt, disk_socke
 use crate::machines::{Machine, Standing, open_disks, save};
 use crate::migration::board::Board;
 use crate::migration::departure::{Departure, Gear};
+use crate::migration::easing::Easing;
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
-use crate::migration::record::{MigrationJournal, save_bandwidth};
+use crate::migration::record::{MigrationJournal, save_bandwidth, save_latency};
 use errors::*;
 pub use views::first_view;
 
@@ -476,6 +477,9 @@ impl Service for Daemon {
         StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
         StateDir::replace_file(&folder.join("peer"), request.to.as_str().as_bytes())?;
         save_bandwidth(&folder, request.bandwidth)?;
+        let bound = request.guest_latency;
+        let bound = bound.unwrap_or(self.host.config.guest_latency);
+        save_latency(&folder, bound)?;
         let journal = MigrationJournal::open(&folder)?;
         let mut view = first_view(
             id.clone(),
@@ -487,12 +491,14 @@ impl Service for Daemon {
         let board = Arc::new(Board::new(view));
         let flow = Arc::new(Flow::default());
         let pace = self.host.pace.under(rate_of(request.bandwidth));
+        let easing = Arc::new(Easing::new(bound));
         let (ram_changes, changes) = watch::channel(true);
         let gear = Gear {
             dialler,
             flow: flow.clone(),
             pace: pace.clone(),
             pushes: 1,
+            easing: easing.clone(),
             ram_changes: changes,
         };
         let (commands, queue) = mpsc::channel(8);
@@ -504,6 +510,7 @@ impl Service for Daemon {
             link: Departure::start(first, gear),
             flow,
             pace: pace.clone(),
+            easing,
             commands: queue,
             spec: standing.spec.clone(),
             runtime: standing.runtime.clone(),

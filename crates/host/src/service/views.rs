@@ -34,6 +34,7 @@ pub fn first_view(
         rate: 0,
         eta: None,
         demands: DemandStats::default(),
+        push_held_to: None,
         blackout_ms: None,
         link: LinkView {
             connected: true,

@@ -21,6 +21,7 @@ mod durable;
 mod error;
 mod folder;
 mod host;
+mod latency;
 mod lock;
 mod machine;
 mod machines;
@@ -39,6 +40,7 @@ mod tests;
 pub use error::{RecordKind, StateError};
 pub use folder::{FORMAT, Listing, StateDir};
 pub use host::{HostRecord, default_host_name};
+pub use latency::{LatencyBound, LatencyError};
 pub use lock::StateLock;
 pub use machine::{
     Accel, DiskSpec, MAX_DEVICES, MAX_VCPUS, Mac, MacError, MachineRuntime, MachineSpec, NicSpec,

@@ -210,6 +210,8 @@ pub struct MigrationReport {
     pub late_copies: u64,
     pub sent: SentBytes,
     pub demands: DemandStats,
+    #[serde(default)]
+    pub guest_io: GuestIo,
     pub outage_ms: f64,
     pub reconnects: u64,
     pub verified: bool,
@@ -222,6 +224,17 @@ impl MigrationReport {
         let part = |part: &&TimePart| part.name.starts_with("stop-to-resume");
         Some(self.blackout_parts.iter().find(part)?.ms)
     }
+}
+
+/// How the guest's own requests to its disks fared at the destination.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GuestIo {
+    pub requests: u64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+    pub max_ms: f64,
+    pub bound: String,
+    pub held_ms: f64,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

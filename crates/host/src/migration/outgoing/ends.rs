@@ -63,6 +63,7 @@ impl Outgoing {
             let report = report::outgoing(
                 &self.setup.flow,
                 &self.fares,
+                &self.setup.easing,
                 report::Times {
                     total: self.setup.board.clock().elapsed(),
                     blackout: self.blackout,

@@ -34,6 +34,7 @@ use whimbrel_wire::message::{
 use self::ahead::Ahead;
 use super::board::Board;
 use super::departure::Departure;
+use super::easing::Easing;
 use super::flow::{Content, Flow};
 use super::lane::LinkEvent;
 use super::record::{MigrationJournal, mark_over, save_layout};
@@ -82,6 +83,7 @@ pub struct Setup {
     pub link: Departure,
     pub flow: Arc<Flow>,
     pub pace: Pace,
+    pub easing: Arc<Easing>,
     pub commands: mpsc::Receiver<Command>,
     pub spec: MachineSpec,
     pub runtime: MachineRuntime,
@@ -457,7 +459,9 @@ impl Outgoing {
         let demands = report::demands(&self.fares);
         let rtt = self.setup.link.pulse.rtt();
         let alive = self.setup.link.pulse.is_alive();
+        let held_to = self.setup.easing.cap().map(|bytes| bytes * 8);
         self.setup.board.update(|view| {
+            view.push_held_to = held_to;
             view.spaces = view_spaces;
             view.sent = sent;
             view.demands = demands;

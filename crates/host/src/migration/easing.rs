@@ -1,0 +1,139 @@
+//! Push yields to the guest: joins what the destination's guest feels with how much may be pushed.
+//!
+//! The destination tells in [`Message::Felt`](whimbrel_wire::message::Message::Felt) how long its guest's
+//! requests took; the source gathers that for a period and asks the engine's
+//! [`Guard`](whimbrel_engine::guard::Guard) what push may use. Both the decision and the operator's bound are
+//! the source's, as everything is that steers a move.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use whimbrel_engine::guard::{Guard, GuardFigures, PERIOD_US};
+use whimbrel_engine::latency::Latencies;
+
+use crate::state::LatencyBound;
+
+/// How often the guard is asked, and the destination tells.
+pub const PERIOD: Duration = Duration::from_micros(PERIOD_US);
+
+/// A bound that nothing reaches: the guard then only counts.
+const UNBOUND: u64 = u64::MAX;
+
+/// The guest's share of one migration.
+pub struct Easing {
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    guard: Guard,
+    heard: Latencies,
+    /// What push had been let go of when the period began, and when that was.
+    admitted: Option<(u64, Instant)>,
+}
+
+impl Easing {
+    pub fn new(bound: LatencyBound) -> Easing {
+        let us = bound.0.map_or(UNBOUND, |bound| bound.as_micros() as u64);
+        Easing {
+            inner: Mutex::new(Inner {
+                guard: Guard::new(us),
+                heard: Latencies::default(),
+                admitted: None,
+            }),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no holder of this lock panics")
+    }
+
+    /// What the guest felt of late.
+    pub fn heard(&self, felt: &Latencies) {
+        self.inner().heard.merge(felt);
+    }
+
+    /// A period is over in which the bytes that push was let go of, all told, became `admitted`. Returns what
+    /// push may use from now on, in bytes a second. A link that does not live says nothing about disks.
+    pub fn period(&self, admitted: u64, now: Instant, link_lives: bool) -> Option<u64> {
+        let mut inner = self.inner();
+        let heard = std::mem::take(&mut inner.heard);
+        let before = inner.admitted.replace((admitted, now));
+        if !link_lives {
+            inner.guard.forget();
+            return inner.guard.cap();
+        }
+        let used = before.map_or(0, |(bytes, at)| {
+            let over = now.saturating_duration_since(at).as_secs_f64();
+            let bytes = admitted.saturating_sub(bytes) as f64;
+            (bytes / over.max(1e-3)) as u64
+        });
+        if inner.guard.period(heard, used) {
+            tracing::debug!(cap = inner.guard.cap(), used, "push yields to the guest");
+        }
+        inner.guard.cap()
+    }
+
+    /// What push may use now; `None`: all that the link takes.
+    pub fn cap(&self) -> Option<u64> {
+        self.inner().guard.cap()
+    }
+
+    pub fn bound(&self) -> LatencyBound {
+        let us = self.inner().guard.bound_us();
+        LatencyBound((us != UNBOUND).then_some(Duration::from_micros(us)))
+    }
+
+    pub fn figures(&self) -> GuardFigures {
+        self.inner().guard.figures()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slow() -> Latencies {
+        let mut felt = Latencies::default();
+        (0..10).for_each(|_| felt.record(900_000));
+        felt
+    }
+
+    #[test]
+    fn a_slow_guest_halves_what_push_used() {
+        let easing = Easing::new(LatencyBound::default());
+        let begun = Instant::now();
+        assert_eq!(easing.period(0, begun, true), None);
+        easing.heard(&slow());
+        let cap = easing.period(1_000_000, begun + PERIOD, true);
+        assert_eq!(cap, Some(2_000_000));
+    }
+
+    #[test]
+    fn without_a_bound_it_only_counts() {
+        let easing = Easing::new(LatencyBound(None));
+        let begun = Instant::now();
+        for n in 0..8 {
+            easing.heard(&slow());
+            assert_eq!(
+                easing.period(n * 1_000_000, begun + PERIOD * n as u32, true),
+                None
+            );
+        }
+        assert_eq!(easing.figures().requests, 80);
+        assert_eq!(easing.bound(), LatencyBound(None));
+    }
+
+    #[test]
+    fn what_came_through_an_outage_does_not_count() {
+        let easing = Easing::new(LatencyBound::default());
+        let begun = Instant::now();
+        easing.heard(&slow());
+        assert_eq!(easing.period(0, begun, false), None);
+        easing.heard(&slow());
+        assert_eq!(
+            easing.period(0, begun + PERIOD, true),
+            None,
+            "still the outage's"
+        );
+    }
+}
