@@ -11,6 +11,8 @@
 //! thread; but a *new* connection's handshake is not among them.
 
 use std::collections::HashMap;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -64,6 +66,14 @@ impl std::fmt::Display for Version {
 
 type Pending = Arc<Mutex<HashMap<u64, (String, oneshot::Sender<Result<Value>>)>>>;
 
+/// A command on its way to QEMU.
+#[derive(Debug)]
+struct Line {
+    bytes: Vec<u8>,
+    /// A descriptor that goes with it.
+    passed: Option<OwnedFd>,
+}
+
 /// A connection to one QEMU's monitor; clones share it. It closes when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Qmp {
@@ -72,7 +82,7 @@ pub struct Qmp {
 
 #[derive(Debug)]
 struct Inner {
-    lines: mpsc::Sender<Vec<u8>>,
+    lines: mpsc::Sender<Line>,
     pending: Pending,
     events: broadcast::Sender<Arc<Event>>,
     /// The reason, once the connection is closed.
@@ -119,17 +129,18 @@ impl Qmp {
     /// Speaks QMP over a connected socket.
     pub async fn on(stream: UnixStream) -> Result<Qmp> {
         let pid = stream.peer_cred().ok().and_then(|c| c.pid());
+        let passing = passing(&stream)?;
         let (read, write) = stream.into_split();
-        Qmp::greet(read, write, pid).await
+        Qmp::greet(read, write, passing, pid).await
     }
 
     /// Speaks QMP over a lifeline that nobody has spoken on yet.
     pub(crate) async fn on_lifeline(stream: std::os::unix::net::UnixStream) -> Result<Qmp> {
-        let (read, write) = whole(stream)?;
-        Qmp::greet(read, write, None).await
+        let (read, write, passing) = whole(stream)?;
+        Qmp::greet(read, write, passing, None).await
     }
 
-    async fn greet<R, W>(read: R, write: W, pid: Option<i32>) -> Result<Qmp>
+    async fn greet<R, W>(read: R, write: W, passing: OwnedFd, pid: Option<i32>) -> Result<Qmp>
     where
         R: AsyncRead + Send + Unpin + 'static,
         W: AsyncWrite + Send + Unpin + 'static,
@@ -142,7 +153,7 @@ impl Qmp {
         })?;
         let offered = greeting["QMP"]["capabilities"].as_array();
         let oob = offered.is_some_and(|list| list.iter().any(|c| c == "oob"));
-        let qmp = Qmp::begin(read, write, pid, oob, FirstLine::Whole);
+        let qmp = Qmp::begin(read, (write, passing), pid, oob, FirstLine::Whole);
         // Nobody else has it yet.
         let _ = qmp.inner.version.set(version);
         let enable = if oob {
@@ -165,8 +176,9 @@ impl Qmp {
         let Some(stream) = stream? else {
             return Ok(None);
         };
-        let (read, write) = whole(stream)?;
+        let (read, write, passing) = whole(stream)?;
         let read = BufReader::new(read);
+        let write = (write, passing);
         let qmp = Qmp::begin(read, write, Some(pid), true, FirstLine::MayBeCut);
         // Answered when the main thread is free.
         let asking = qmp.clone();
@@ -182,7 +194,7 @@ impl Qmp {
 
     fn begin<R, W>(
         read: BufReader<R>,
-        write: W,
+        (write, passing): (W, OwnedFd),
         pid: Option<i32>,
         oob: bool,
         first: FirstLine,
@@ -195,7 +207,7 @@ impl Qmp {
         let (events, _) = broadcast::channel(EVENTS);
         let (closing, closed) = watch::channel(None);
         let pending = Pending::default();
-        tokio::spawn(write_lines(write, queue));
+        tokio::spawn(write_lines(write, passing, queue));
         tokio::spawn(read_lines(
             read,
             first,
@@ -234,7 +246,7 @@ impl Qmp {
 
     /// Runs a command and returns what stands under `return`.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
-        self.call("execute", command, arguments).await
+        self.call("execute", command, arguments, None).await
     }
 
     /// Runs a command out of band where this QEMU can: it is answered even while the main thread waits
@@ -245,17 +257,33 @@ impl Qmp {
         } else {
             "execute"
         };
-        self.call(key, command, arguments).await
+        self.call(key, command, arguments, None).await
     }
 
-    async fn call(&self, key: &str, command: &str, arguments: Value) -> Result<Value> {
+    /// Hands QEMU a descriptor, which it keeps open under this name until `closefd`. One that it had under the
+    /// same name is closed.
+    pub async fn pass(&self, name: &str, descriptor: OwnedFd) -> Result<()> {
+        let arguments = json!({ "fdname": name });
+        self.call("execute", "getfd", arguments, Some(descriptor))
+            .await
+            .map(drop)
+    }
+
+    async fn call(
+        &self,
+        key: &str,
+        command: &str,
+        arguments: Value,
+        passed: Option<OwnedFd>,
+    ) -> Result<Value> {
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
         let mut message = json!({ key: command, "id": id });
         if arguments.as_object().is_some_and(|a| !a.is_empty()) {
             message["arguments"] = arguments;
         }
-        let mut line = message.to_string().into_bytes();
-        line.push(b'\n');
+        let mut bytes = message.to_string().into_bytes();
+        bytes.push(b'\n');
+        let line = Line { bytes, passed };
         let (answer, answered) = oneshot::channel();
         lock(&self.inner.pending).insert(id, (command.to_owned(), answer));
         let forget = Forget {
@@ -401,21 +429,65 @@ pub(crate) fn parse_version(version: &Value) -> Option<Version> {
 /// stream of its own would tell QEMU that no more comes.
 fn whole(
     stream: std::os::unix::net::UnixStream,
-) -> Result<(ReadHalf<UnixStream>, WriteHalf<UnixStream>)> {
+) -> Result<(ReadHalf<UnixStream>, WriteHalf<UnixStream>, OwnedFd)> {
     let stream = stream
         .set_nonblocking(true)
         .and_then(|()| UnixStream::from_std(stream));
     let stream = stream.map_err(|error| Error::Disconnected {
         reason: error.to_string(),
     })?;
-    Ok(tokio::io::split(stream))
+    let passing = passing(&stream)?;
+    let (read, write) = tokio::io::split(stream);
+    Ok((read, write, passing))
 }
 
-async fn write_lines(mut write: impl AsyncWrite + Unpin, mut queue: mpsc::Receiver<Vec<u8>>) {
+/// The connection once more, for descriptors.
+fn passing(stream: &UnixStream) -> Result<OwnedFd> {
+    let copy = stream.as_fd().try_clone_to_owned();
+    copy.map_err(|error| Error::Disconnected {
+        reason: error.to_string(),
+    })
+}
+
+async fn write_lines(
+    mut write: impl AsyncWrite + Unpin,
+    passing: OwnedFd,
+    mut queue: mpsc::Receiver<Line>,
+) {
     while let Some(line) = queue.recv().await {
-        if write.write_all(&line).await.is_err() {
+        let rest = match &line.passed {
+            None => Ok(&line.bytes[..]),
+            Some(descriptor) => {
+                let sent = send_with(&passing, &line.bytes, descriptor).await;
+                sent.map(|sent| &line.bytes[sent..])
+            }
+        };
+        let Ok(rest) = rest else { return };
+        if write.write_all(rest).await.is_err() {
             // The reader sees the same end of the connection and tells everybody.
             return;
+        }
+    }
+}
+
+/// Sends a descriptor with the first bytes of a command; how many they were.
+async fn send_with(
+    socket: &OwnedFd,
+    bytes: &[u8],
+    descriptor: &OwnedFd,
+) -> rustix::io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    loop {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let rights = [descriptor.as_fd()];
+        // There is room for it: the space was made for one.
+        control.push(SendAncillaryMessage::ScmRights(&rights));
+        let parts = [std::io::IoSlice::new(bytes)];
+        match sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL) {
+            // Full of commands that QEMU has not read yet; whoever sent this one waits with a bound.
+            Err(rustix::io::Errno::AGAIN) => tokio::time::sleep(Duration::from_millis(2)).await,
+            other => return other,
         }
     }
 }

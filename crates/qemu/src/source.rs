@@ -37,9 +37,11 @@
 //! of QEMU does this: its bandwidth limit counts bytes, and an idle guest's rounds have none.
 
 mod back;
+mod kept;
 mod reading;
 
 pub use back::take_back;
+pub use kept::release;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -333,6 +335,7 @@ impl RamSource {
         self.shared.pace.hurry();
         let mut phase = self.shared.phase.subscribe();
         if *phase.borrow_and_update() == Phase::Copying {
+            kept::keep(&self.qmp, &self.shared.socket).await?;
             // QEMU refuses if it has stopped by itself in this moment: then the phase tells.
             match self.qmp.execute("migrate-start-postcopy", json!({})).await {
                 Ok(_) | Err(Error::Qmp { .. }) => {}
@@ -446,7 +449,10 @@ impl RamSource {
             return Err(self.failure(reason).await);
         }
         match migration_over(&self.qmp).await?.as_str() {
-            "completed" => Ok(()),
+            "completed" => {
+                kept::let_go(&self.qmp).await;
+                Ok(())
+            }
             other => Err(self.failure(format!("QEMU ended {other}")).await),
         }
     }
@@ -462,6 +468,7 @@ impl RamSource {
         self.qmp.execute("migrate_cancel", json!({})).await?;
         let _ = self.shared.socket.shutdown(std::net::Shutdown::Both);
         let end = migration_over(&self.qmp).await?;
+        kept::let_go(&self.qmp).await;
         let status = run_status(&self.qmp).await?;
         if status != self.status_before {
             return Err(self

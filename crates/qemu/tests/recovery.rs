@@ -379,7 +379,7 @@ async fn a_source_runs_again_wherever_its_daemon_died() {
     let from = booted(dir.path(), BUSY).await;
     for (death, left) in [
         ("copying", "failed, running"),
-        ("stopped", "postcopy-paused, finish-migrate"),
+        ("stopped", "postcopy-active, finish-migrate"),
         ("drained", "completed, postmigrate"),
     ] {
         let layout = die(dir.path(), death);

@@ -7,8 +7,11 @@ use std::time::Duration;
 use whimbrel_qemu::info::{Info, info};
 use whimbrel_qemu::launch::{Drive, Kernel, LaunchSpec, Nic, OnError, Probe};
 use whimbrel_qemu::qmp::Qmp;
+use whimbrel_qemu::source::release;
 
-use super::{DiskServer, MachineError, Running, Tap, check_socket, disk_socket, qmp_socket};
+use super::{
+    DiskServer, MachineError, Running, Tap, check_socket, disk_socket, qmp_socket, ram_out_socket,
+};
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::state::{Accel, MachineSpec, OnDiskError, QemuProcess, Timestamp, start_ticks};
@@ -297,6 +300,16 @@ pub async fn reattach(
         return Err(MachineError::Gone { pid: process.pid });
     }
     let server = DiskServer::start(&disk_socket(folder), &disks)?;
+    // First of all: one that waits for its hand-over to be read may answer nobody.
+    match i32::try_from(process.pid).map(|pid| release(pid, &ram_out_socket(folder))) {
+        Ok(Ok(0)) | Err(_) => {}
+        Ok(Ok(_)) => {
+            tracing::info!(machine = %spec.name, "a hand-over of memory that an earlier daemon left is ended");
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(machine = %spec.name, %error, "a hand-over of memory may be left open");
+        }
+    }
     let lifeline = lifeline_of(process);
     let connecting = Qmp::connect_patiently(&process.qmp, MONITOR_PATIENCE);
     let qmp = match &lifeline {

@@ -5,9 +5,10 @@
 //!
 //! | it died | QEMU | the way back |
 //! |---|---|---|
-//! | before the stop | `failed`, `running` | none needed |
-//! | while stale pages came | `postcopy-paused`, `finish-migrate` | end the post-copy into nothing, `cont` |
+//! | before it asked for the stop | `failed`, `running` | none needed |
+//! | then, until stale pages had come | `postcopy-active`, `finish-migrate` | [release](super::kept) it, `cont` |
 //! | after that | `completed`, `postmigrate` | `cont` |
+//! | likewise, of an earlier version | `postcopy-paused`, `finish-migrate` | end the post-copy into nothing, `cont` |
 //!
 //! A paused post-copy is not cancelled: to QEMU the guest's newest state may be at the other end. But all
 //! memory is still in this QEMU, and nobody waits for pages: so it is let end its post-copy, as by a
@@ -16,14 +17,16 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use tokio::net::UnixListener;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::UNIT;
 
-use super::{PATIENCE, POLL, UNLIMITED, migration_over, migration_status, run_status, within};
+use super::{
+    PATIENCE, POLL, UNLIMITED, kept, migration_over, migration_status, run_status, within,
+};
 use crate::paused::used_lengths;
 use crate::qmp::Qmp;
 use crate::settings::Settings;
@@ -31,6 +34,9 @@ use crate::stream::reader::{Command, Event, StreamReader};
 use crate::stream::return_path::{ReturnMessage, encode_bitmap};
 use crate::stream::{RamBlock, ReturnError};
 use crate::{Error, Result, SourceState};
+
+/// What a released QEMU that was told to stop its guest needs to get there, with much to spare.
+const RELEASED: Duration = Duration::from_secs(1);
 
 /// Makes the guest of a source QEMU run again, whatever state a dead daemon's hand-over left it in, and
 /// puts the settings that the hand-over had changed to QEMU's own defaults (what they were before, the
@@ -42,7 +48,13 @@ use crate::{Error, Result, SourceState};
 /// [`Error::Source`] with [`SourceState::Undecided`] where QEMU does not come to an end; it may be tried
 /// again, and [`PausedRam`](crate::paused::PausedRam) still reads its memory.
 pub async fn take_back(qmp: &Qmp, socket: &Path) -> Result<()> {
-    if settle(qmp).await? == "postcopy-paused" {
+    let released = qmp.pid().map(|pid| kept::release(pid, socket));
+    let released = released.transpose().map_err(|source| Error::Io {
+        what: "take the end of a hand-over out of",
+        path: "/proc".into(),
+        source,
+    })?;
+    if settle(qmp, released.unwrap_or(0) > 0).await? == "postcopy-paused" {
         end_into_nothing(qmp, socket).await?;
     }
     if run_status(qmp).await? != "running" {
@@ -52,6 +64,7 @@ pub async fn take_back(qmp: &Qmp, socket: &Path) -> Result<()> {
             return Err(undecided(format!("the guest is {status} after cont")));
         }
     }
+    kept::let_go(qmp).await;
     defaults(qmp).await
 }
 
@@ -62,8 +75,9 @@ fn undecided(reason: String) -> Error {
     }
 }
 
-/// Brings the migration to rest: over, or `postcopy-paused`.
-async fn settle(qmp: &Qmp) -> Result<String> {
+/// Brings the migration to rest: over, or `postcopy-paused`. One that was released comes to its end by
+/// itself, unless it had not been told to stop the guest.
+async fn settle(qmp: &Qmp, released: bool) -> Result<String> {
     let start = Instant::now();
     let mut told = false;
     loop {
@@ -73,7 +87,12 @@ async fn settle(qmp: &Qmp) -> Result<String> {
             "postcopy-active" | "postcopy-recover" | "postcopy-recover-setup" => "migrate-pause",
             _ => "migrate_cancel",
         };
-        if !told {
+        let waits = match status.as_str() {
+            _ if !released => false,
+            "postcopy-active" | "device" => true,
+            _ => start.elapsed() < RELEASED,
+        };
+        if !told && !waits {
             told = true;
             // Refused if the state has changed meanwhile.
             match qmp.execute(command, json!({})).await {
