@@ -5,17 +5,20 @@
 //! every [`PERIOD`] how long the guest's requests took, and the source holds push to a [cap](Guard::cap).
 //!
 //! ```text
-//!   slow            cap = half of what push used          then wait until the effect can be seen
-//!   at most 70 %    cap * 1.1 + 64 KiB/s                  every period, until push does not need it
+//!   slow            cap = half of what push used, a       then wait until the effect can be seen
+//!                   quarter at first
+//!   calm            cap * 1.1 + 64 KiB/s                  every period, until push does not need it
 //!   in between      as it is
 //! ```
 //!
-//! *Slow* is: of the last second's requests more than 1 %, and at least two, took longer than the bound. One
-//! request in a quiet second is no quantile.
+//! *Slow* is: of the last second's requests more than 1 %, and at least two, took longer than 70 % of the bound;
+//! *calm*: no more than that took longer than half of it. The margin is for what is felt before it is heard of.
+//! One request in a quiet second is no quantile. The first cut is the deepest, because a page cache takes much
+//! before anybody waits, and then somebody waits for all of it.
 //!
 //! Traps. A disk may be slower than the bound without any push; held down for that, a move would never end
 //! and gain nothing. So the cap has a [floor](FLOOR), and if the guest is slow at the floor all the same, its
-//! own p99 there, and half as much again, is the bound for the next minute. And right after a cut the
+//! own p99 there is calm, and two and a half times as much the bound, for the next minute. And right after a cut the
 //! requests still wait behind what was pushed before it: they do not count.
 
 use std::collections::VecDeque;
@@ -34,8 +37,9 @@ const WINDOW: usize = 4;
 /// Periods after a cut that do not count.
 const BLIND: u32 = 2;
 
-/// Share of the bound up to which there is room for more.
-const CALM: f64 = 0.7;
+/// Share of the bound up to which there is room for more, and beyond which there was too much.
+const CALM: f64 = 0.5;
+const SLOW: f64 = 0.7;
 
 /// Windows of slowness at the floor after which push is not to blame.
 const BLAMELESS: u32 = 5;
@@ -55,7 +59,7 @@ pub struct Guard {
     blind: u32,
     /// Windows of slowness at the floor.
     slow_at_floor: u32,
-    /// The guest's own p99 with half as much again, and for how many more periods it counts.
+    /// A bound above the guest's own p99, and for how many more periods it counts.
     excuse: Option<(u64, u32)>,
     unused: u32,
     all: Latencies,
@@ -137,10 +141,10 @@ impl Guard {
         let bound = self
             .excuse
             .map_or(self.bound_us, |(own, _)| own.max(self.bound_us));
-        let calm = (bound as f64 * CALM) as u64;
-        if is_slow(&seen, bound) {
+        let share = |part: f64| (bound as f64 * part) as u64;
+        if is_slow(&seen, share(SLOW)) {
             self.cut(used, &seen);
-        } else if !is_slow(&seen, calm) {
+        } else if !is_slow(&seen, share(CALM)) {
             self.slow_at_floor = 0;
             self.grow(used);
         }
@@ -153,12 +157,13 @@ impl Guard {
             self.slow_at_floor += 1;
             if self.slow_at_floor >= BLAMELESS {
                 let own = seen.quantile(0.99).unwrap_or(0);
-                self.excuse = Some((own.saturating_add(own / 2), EXCUSED));
+                self.excuse = Some((own.saturating_mul(5) / 2, EXCUSED));
                 self.slow_at_floor = 0;
             }
         }
+        let part = if self.capped_periods == 0 { 4 } else { 2 };
         let now = self.cap.unwrap_or(u64::MAX).min(used.max(FLOOR));
-        self.cap = Some((now / 2).max(FLOOR));
+        self.cap = Some((now / part).max(FLOOR));
         self.window.clear();
         self.blind = BLIND;
     }
@@ -266,7 +271,7 @@ mod tests {
         let mut slow = Latencies::default();
         (0..10).for_each(|_| slow.record(90_000));
         assert!(guard.period(slow, 10_000_000));
-        assert_eq!(guard.cap(), Some(5_000_000));
+        assert_eq!(guard.cap(), Some(2_500_000));
         for _ in 0..40 {
             guard.period(Latencies::default(), 1_000_000);
         }

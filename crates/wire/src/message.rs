@@ -415,6 +415,15 @@ mod tests {
         assert_eq!(demand.encode(), [11, 1, 1, 0xac, 2, 2]);
         assert_eq!(Message::Ahead.encode(), [23]);
         assert_eq!(Message::Evicted.encode(), [24]);
+        let felt = Message::Felt {
+            counts: vec![(3, 1), (40, 300)],
+        };
+        assert_eq!(felt.encode(), [25, 2, 3, 1, 40, 0xac, 2]);
+        let backwards = Message::Felt {
+            counts: vec![(40, 1), (3, 1)],
+        };
+        let refused = Message::decode(&backwards.encode());
+        assert_eq!(refused, Err(MessageError::BadLatencies));
         let heat = Message::Heat {
             space: SpaceId(1),
             first: 300,

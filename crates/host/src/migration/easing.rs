@@ -99,13 +99,13 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_guest_halves_what_push_used() {
+    fn a_slow_guest_leaves_push_a_quarter_of_what_it_used() {
         let easing = Easing::new(LatencyBound::default());
         let begun = Instant::now();
         assert_eq!(easing.period(0, begun, true), None);
         easing.heard(&slow());
         let cap = easing.period(1_000_000, begun + PERIOD, true);
-        assert_eq!(cap, Some(2_000_000));
+        assert_eq!(cap, Some(1_000_000));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
+mod guard;
 mod kills;
 mod nbd;
 mod soak;
@@ -11,6 +12,8 @@ use std::process::ExitCode;
 pub enum Bench {
     /// Many moves under different links and loads; no error is allowed
     Soak(soak::SoakArgs),
+    /// A guest beside its own copies on a disk too slow for both
+    Guard(guard::GuardArgs),
     /// Daemons killed under `fio --verify` while a volume is relocated; nothing may be lost
     Kills(kills::KillsArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
@@ -24,6 +27,7 @@ impl Bench {
     pub fn run(&self) -> ExitCode {
         match self {
             Bench::Soak(args) => soak::run(args),
+            Bench::Guard(args) => guard::run(args),
             Bench::Kills(args) => kills::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),
