@@ -15,9 +15,11 @@
 //! | [`switchover`] | who owns the machine: the two state machines and their journal records |
 //! | [`latency`] | how long requests took, counted by size |
 //! | [`guard`] | how much push may go while the guest's own I/O is slow |
+//! | [`codec`] | none or zstd, at which level: whatever delivers most at the moment |
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
+pub mod codec;
 pub mod guard;
 pub mod inflow;
 pub mod latency;

@@ -1,0 +1,346 @@
+//! Which codec delivers most: none, or zstd at one of a few levels.
+//!
+//! # The idea
+//! A batch of content takes a sender's time, to read, pack and hand over, and the link's. The two overlap,
+//! so a byte of content takes as long as the slower of them:
+//!
+//! ```text
+//!   time(codec) = max( read + pack(codec) + share(codec) * handing,     the sender
+//!                      share(codec) / link )                            the link
+//! ```
+//!
+//! `share` is how much of the content is left to send. Everything on the right is measured as batches go by;
+//! what is known of one level scales what is usual for those that were not tried. The
+//! codec of the least time is used, with a small price on the sender's time: of two that are as good, the one
+//! that leaves more of the CPU to guests.
+//!
+//! # What is measured, and how
+//! - `pack` and `share` from each batch that is packed. But content differs from batch to batch, and machines
+//!   from minute to minute, so what one level costs and gains more than another is taken only from batches
+//!   packed with both: a *probe*, two batches a second, at the level above and the one
+//!   below the level in use by turns. While nothing is packed, probes tell whether it would be worth it.
+//! - `link`: what went over it while push had to wait for its turn. If it did not wait, the link carries more
+//!   than that, by how much is not known: what is allowed bounds it, and what was measured before is raised
+//!   until push waits again.
+//!
+//! # Traps
+//! Decisions hold for a quarter of a second and change only for a clear gain: costs are measured on busy
+//! machines and differ by a third from one batch to the next. Batches that are told to be dense by a sample
+//! teach nothing about levels: half a disk of films must not make the other half go unpacked.
+
+use std::time::Duration;
+
+/// Levels of zstd that are tried, from the quickest to the smallest.
+pub const LEVELS: [i32; 6] = [-5, -1, 1, 3, 6, 9];
+
+/// What is usual of each, for content such as programs and page caches: nanoseconds a byte, and the size
+/// that is left, level 1 being 1.
+const USUAL: [(f64, f64); 6] = [
+    (1.2, 1.30),
+    (1.8, 1.12),
+    (2.3, 1.0),
+    (4.5, 0.94),
+    (12.0, 0.89),
+    (20.0, 0.87),
+];
+
+/// Demands are packed with these at most: whoever waits, waits for the packing too.
+const QUICK: usize = 3;
+
+/// What is thought to be left of content before any was packed, at level 1.
+const FIRST_SHARE: f64 = 0.5;
+
+/// How much one batch moves an average, and how much one probe what a level is thought to gain.
+const WEIGHT: f64 = 0.15;
+const PROBE_WEIGHT: f64 = 0.4;
+
+/// A codec stays in use so long at least, in microseconds, and gives way only to one so much better.
+const HOLD: u64 = 250_000;
+const BETTER: f64 = 0.93;
+
+/// The price of the sender's time besides the time it takes.
+const PRICE: f64 = 0.1;
+
+/// Between two probes, in microseconds.
+const PROBE: u64 = 500_000;
+
+/// The link is measured over this time.
+const WINDOW: f64 = 0.1;
+
+/// Push that waited for less than this share of the time was not held up by the link.
+const WAITED: f64 = 0.05;
+
+/// By how much a link is thought faster after each window in which nothing waited for it.
+const RAISE: f64 = 1.15;
+
+/// Packing that leaves more than this of a demand is not worth the wait.
+const DEMAND_GAIN: f64 = 0.9;
+
+/// What the operator wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// What delivers most.
+    #[default]
+    Auto,
+    /// Content goes as it is.
+    Plain,
+    /// Zstd at this level whatever it brings, except for content that does not pack at all.
+    Level(i32),
+}
+
+/// How a batch is to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codec {
+    Plain,
+    /// At this level.
+    Zstd(i32),
+}
+
+/// What to do with the next batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    pub codec: Codec,
+    /// Also pack it at this level, and say what came out: see [`Chooser::probed`].
+    pub probe: Option<i32>,
+}
+
+/// What packing came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed {
+    pub level: i32,
+    /// Bytes before, and after; the same if it was not worth it.
+    pub content: u64,
+    pub left: u64,
+    pub took: Duration,
+}
+
+/// What a batch of push took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Took {
+    /// Bytes of content.
+    pub content: u64,
+    /// Bytes of its frames.
+    pub wire: u64,
+    pub read: Duration,
+    pub pack: Duration,
+    /// Waiting for the pace to allow it.
+    pub turn: Duration,
+    /// Handing it to the kernel.
+    pub handing: Duration,
+}
+
+/// Picks codecs for one flow of content. Times are microseconds that never go back.
+#[derive(Clone, Debug)]
+pub struct Chooser {
+    policy: Policy,
+    /// An index of [`LEVELS`], or none.
+    current: Option<usize>,
+    decided: Option<u64>,
+    probed: u64,
+    probe_up: bool,
+    /// Seconds a byte where `slowness` is 1.
+    cost: [f64; LEVELS.len()],
+    /// How much dearer everything is here and now.
+    slowness: f64,
+    /// Sizes, level 1 being 1.
+    size: [f64; LEVELS.len()],
+    /// What level 1 leaves of content.
+    share: f64,
+    /// What was left of content lately, all batches counted.
+    left: f64,
+    /// Seconds a byte of content, and a byte of frames.
+    read: f64,
+    handing: f64,
+    /// Bytes a second.
+    link: Option<f64>,
+    window: Window,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    wire: f64,
+    seconds: f64,
+    waited: f64,
+}
+
+fn average(old: f64, new: f64) -> f64 {
+    old + WEIGHT * (new - old)
+}
+
+fn place(level: i32) -> Option<usize> {
+    LEVELS.iter().position(|&l| l == level)
+}
+
+impl Chooser {
+    pub fn new(policy: Policy) -> Chooser {
+        Chooser {
+            policy,
+            current: None,
+            decided: None,
+            probed: 0,
+            probe_up: false,
+            cost: USUAL.map(|(nanos, _)| nanos * 1e-9),
+            slowness: 1.0,
+            size: USUAL.map(|(_, size)| size),
+            share: FIRST_SHARE,
+            left: 1.0,
+            read: 0.0,
+            handing: 0.0,
+            link: None,
+            window: Window::default(),
+        }
+    }
+
+    /// The next batch of push. `allowed` is what the pace allows at most, in bytes a second.
+    pub fn next(&mut self, now: u64, allowed: u64) -> Choice {
+        let level = match self.policy {
+            Policy::Plain => None,
+            Policy::Level(level) => Some(level),
+            Policy::Auto => return self.best(now, allowed as f64),
+        };
+        Choice {
+            codec: level.map_or(Codec::Plain, Codec::Zstd),
+            probe: None,
+        }
+    }
+
+    fn best(&mut self, now: u64, allowed: f64) -> Choice {
+        if self.decided.is_none_or(|at| now.saturating_sub(at) >= HOLD) {
+            let time = |c: Option<usize>| self.time(c, allowed);
+            let codecs = std::iter::once(None).chain((0..LEVELS.len()).map(Some));
+            let best = codecs.min_by(|a, b| time(*a).total_cmp(&time(*b)));
+            let better = best.filter(|best| time(*best) < BETTER * time(self.current));
+            if self.decided.is_none() || better.is_some() {
+                self.current = better.unwrap_or(self.current);
+            }
+            self.decided = Some(now);
+        }
+        let mut probe = None;
+        if now.saturating_sub(self.probed) >= PROBE {
+            self.probed = now;
+            probe = self.neighbour();
+        }
+        Choice {
+            codec: self
+                .current
+                .map_or(Codec::Plain, |c| Codec::Zstd(LEVELS[c])),
+            probe: probe.map(|c| LEVELS[c]),
+        }
+    }
+
+    /// What to probe: one up and one down in turns; while nothing is packed, the quickest level.
+    fn neighbour(&mut self) -> Option<usize> {
+        let Some(current) = self.current else {
+            return Some(0);
+        };
+        self.probe_up = !self.probe_up;
+        let up = (current + 1).min(LEVELS.len() - 1);
+        let down = current.saturating_sub(1);
+        let wanted = if self.probe_up { up } else { down };
+        match wanted == current {
+            true => [up, down].into_iter().find(|&c| c != current),
+            false => Some(wanted),
+        }
+    }
+
+    fn cost(&self, codec: Option<usize>) -> f64 {
+        codec.map_or(0.0, |c| self.cost[c] * self.slowness)
+    }
+
+    fn share(&self, codec: Option<usize>) -> f64 {
+        codec.map_or(1.0, |c| (self.share * self.size[c]).min(1.0))
+    }
+
+    fn link(&self, allowed: f64) -> f64 {
+        self.link.map_or(allowed, |link| link.min(allowed)).max(1.0)
+    }
+
+    /// Seconds a byte of content takes, and what else speaks against it.
+    fn time(&self, codec: Option<usize>, allowed: f64) -> f64 {
+        let (cost, share) = (self.cost(codec), self.share(codec));
+        let sender = self.read + cost + share * self.handing;
+        sender.max(share / self.link(allowed)) + PRICE * cost
+    }
+
+    /// For units that somebody waits for: packing and sending follow each other.
+    pub fn for_demand(&self, allowed: u64) -> Codec {
+        match self.policy {
+            Policy::Plain => Codec::Plain,
+            Policy::Level(level) => Codec::Zstd(level.min(LEVELS[QUICK - 1])),
+            Policy::Auto => {
+                let link = self.link(allowed as f64);
+                let wait = |c: usize| self.cost(Some(c)) + self.share(Some(c)) / link;
+                let quick = (0..QUICK).min_by(|a, b| wait(*a).total_cmp(&wait(*b)));
+                let worth = quick.filter(|&c| wait(c) < DEMAND_GAIN / link);
+                worth.map_or(Codec::Plain, |c| Codec::Zstd(LEVELS[c]))
+            }
+        }
+    }
+
+    /// Content was packed.
+    pub fn packed(&mut self, packed: Packed) {
+        let Some(c) = place(packed.level).filter(|_| packed.content > 0) else {
+            return;
+        };
+        let cost = packed.took.as_secs_f64() / packed.content as f64;
+        // Who was not given the CPU for a while learns little about levels by that.
+        let slowness = (cost / self.cost[c]).clamp(0.02, 50.0);
+        self.slowness = average(self.slowness, slowness);
+        let share = (packed.left as f64 / packed.content as f64).min(1.0) / self.size[c];
+        self.share = average(self.share, share);
+    }
+
+    /// The same content was packed at two levels, the second for comparison only.
+    pub fn probed(&mut self, used: Packed, other: Packed) {
+        let (Some(a), Some(b)) = (place(used.level), place(other.level)) else {
+            return;
+        };
+        if used.left == 0 || used.took.is_zero() {
+            return;
+        }
+        // A single odd batch must not make a level seem free, or useless for ever.
+        let size = (other.left as f64 / used.left as f64).clamp(0.3, 3.0);
+        let cost = (other.took.as_secs_f64() / used.took.as_secs_f64()).clamp(0.1, 10.0);
+        self.size[b] += PROBE_WEIGHT * (self.size[a] * size - self.size[b]);
+        self.cost[b] += PROBE_WEIGHT * (self.cost[a] * cost - self.cost[b]);
+        self.size[b] = self.size[b].clamp(0.2, 5.0);
+        let usual = USUAL[b].0 * 1e-9;
+        self.cost[b] = self.cost[b].clamp(usual / 5.0, usual * 5.0);
+    }
+
+    /// A batch of push has been handed to the kernel.
+    pub fn sent(&mut self, took: Took, allowed: u64) {
+        if took.content == 0 || took.wire == 0 {
+            return;
+        }
+        let (content, wire) = (took.content as f64, took.wire as f64);
+        self.read = average(self.read, took.read.as_secs_f64() / content);
+        self.handing = average(self.handing, took.handing.as_secs_f64() / wire);
+        self.left = average(self.left, (wire / content).min(1.0));
+        let turn = took.turn.as_secs_f64();
+        let window = &mut self.window;
+        window.wire += wire;
+        window.waited += turn;
+        window.seconds += turn + (took.read + took.pack + took.handing).as_secs_f64();
+        if window.seconds < WINDOW {
+            return;
+        }
+        let window = std::mem::take(window);
+        let carried = window.wire / window.seconds;
+        self.link = if window.waited >= WAITED * window.seconds {
+            Some(carried)
+        } else {
+            let raised = |link: f64| (link * RAISE).max(carried).min(allowed as f64);
+            self.link.map(raised)
+        };
+    }
+
+    /// What is left of content on the link lately: 1 is all of it.
+    pub fn left(&self) -> f64 {
+        self.left
+    }
+}
+
+#[cfg(test)]
+#[path = "codec_tests.rs"]
+mod tests;
