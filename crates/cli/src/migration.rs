@@ -26,6 +26,7 @@ pub async fn migrate(context: &Context, command: Migrate) -> Result<(), CliError
         hold: command.hold,
         ram: command.ram.into(),
         guest_latency: command.guest_latency,
+        compress: command.compress,
     };
     let view: MigrationView = context.client.post("/v1/migrations", &request).await?;
     if command.detach {

@@ -76,8 +76,15 @@ const RAISE: f64 = 1.15;
 /// Packing that leaves more than this of a demand is not worth the wait.
 const DEMAND_GAIN: f64 = 0.9;
 
-/// What the operator wants.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Levels that may be asked for. Higher ones need much memory, for little.
+pub const ASKABLE: std::ops::RangeInclusive<i32> = -7..=19;
+
+/// The level of who asks for zstd and no more.
+const DEFAULT_LEVEL: i32 = 3;
+
+/// What the operator wants: `auto`, `none`, `zstd` or `zstd:LEVEL`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Policy {
     /// What delivers most.
     #[default]
@@ -86,6 +93,58 @@ pub enum Policy {
     Plain,
     /// Zstd at this level whatever it brings, except for content that does not pack at all.
     Level(i32),
+}
+
+/// What is no [`Policy`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    #[error("`{0}` is none of auto, none, zstd and zstd:LEVEL")]
+    Unknown(String),
+    #[error("zstd has no level `{0}` here; levels go from {first} to {last}", first = ASKABLE.start(), last = ASKABLE.end())]
+    Level(String),
+}
+
+impl std::str::FromStr for Policy {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Policy, PolicyError> {
+        match (text, text.strip_prefix("zstd:")) {
+            ("auto", _) => Ok(Policy::Auto),
+            ("none", _) => Ok(Policy::Plain),
+            ("zstd", _) => Ok(Policy::Level(DEFAULT_LEVEL)),
+            (_, Some(level)) => {
+                let known = level.parse().ok().filter(|level| ASKABLE.contains(level));
+                known
+                    .map(Policy::Level)
+                    .ok_or_else(|| PolicyError::Level(level.to_string()))
+            }
+            _ => Err(PolicyError::Unknown(text.to_string())),
+        }
+    }
+}
+
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Policy::Auto => f.write_str("auto"),
+            Policy::Plain => f.write_str("none"),
+            Policy::Level(level) => write!(f, "zstd:{level}"),
+        }
+    }
+}
+
+impl TryFrom<String> for Policy {
+    type Error = PolicyError;
+
+    fn try_from(text: String) -> Result<Policy, PolicyError> {
+        text.parse()
+    }
+}
+
+impl From<Policy> for String {
+    fn from(policy: Policy) -> String {
+        policy.to_string()
+    }
 }
 
 /// How a batch is to be written.
@@ -333,6 +392,16 @@ impl Chooser {
             let raised = |link: f64| (link * RAISE).max(carried).min(allowed as f64);
             self.link.map(raised)
         };
+    }
+
+    /// How long packing so many bytes will take, about.
+    pub fn will_take(&self, codec: Codec, bytes: u64) -> Duration {
+        let cost = match codec {
+            Codec::Plain => 0.0,
+            // Of a level that is not watched little is known: as much as the dearest that is.
+            Codec::Zstd(level) => self.cost(Some(place(level).unwrap_or(LEVELS.len() - 1))),
+        };
+        Duration::from_secs_f64((cost * bytes as f64).clamp(0.0, 3600.0))
     }
 
     /// What is left of content on the link lately: 1 is all of it.

@@ -233,6 +233,23 @@ fn what_the_operator_wants_is_done() {
     );
 }
 
+#[test]
+fn a_policy_is_read_and_written() {
+    for (text, policy) in [
+        ("auto", Policy::Auto),
+        ("none", Policy::Plain),
+        ("zstd:3", Policy::Level(3)),
+        ("zstd:-7", Policy::Level(-7)),
+    ] {
+        assert_eq!(text.parse(), Ok(policy));
+        assert_eq!(policy.to_string(), text);
+    }
+    assert_eq!("zstd".parse(), Ok(Policy::Level(3)));
+    for text in ["", "lz4", "zstd:", "zstd:20", "zstd:fast", "ZSTD"] {
+        assert!(text.parse::<Policy>().is_err(), "{text}");
+    }
+}
+
 proptest! {
     /// Whatever is told, in whatever order: a codec comes out, and one of those there are.
     #[test]

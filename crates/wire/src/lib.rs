@@ -1,5 +1,5 @@
 //! What two daemons say to each other: [frames](frame), the [messages](message) and the [units]
-//! inside them.
+//! inside them, which may be [packed](pack).
 //!
 //! Nothing here opens a socket: bytes in, values out. Every decoder takes bytes from a peer that may be
 //! wrong or hostile, bounds what it allocates, and is fuzzed.
@@ -7,4 +7,5 @@
 
 pub mod frame;
 pub mod message;
+pub mod pack;
 pub mod units;

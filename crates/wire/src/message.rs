@@ -50,11 +50,14 @@ pub const FEATURE_HEAT: u64 = 1;
 /// The peer can take RAM ahead of a switchover by post-copy.
 pub const FEATURE_AHEAD: u64 = 2;
 
+/// The peer reads [packed](crate::pack) units.
+pub const FEATURE_ZSTD: u64 = 4;
+
 /// The peer says or hears [`Message::Felt`].
 pub const FEATURE_FELT: u64 = 8;
 
 /// The features of this version.
-pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD | FEATURE_FELT;
+pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD | FEATURE_ZSTD | FEATURE_FELT;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);

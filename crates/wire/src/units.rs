@@ -6,9 +6,14 @@
 //! body: the encoded content of all runs, one after the other
 //! ```
 //!
-//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body). A unit at the end of a space that is not a
-//! whole number of units travels as a whole unit, padded with zeroes.
+//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](crate::pack)). A unit at
+//! the end of a space that is not a whole number of units travels as a whole unit, padded with zeroes.
+//!
+//! [`Units`] are content; a [`Parcel`] is how they are written this time. Whoever decodes sees content only:
+//! what was packed comes out raw, or not at all.
 
+use crate::frame::HEADER_LEN;
+use crate::pack::{self, Packer};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use whimbrel_engine::outflow::Class;
 use whimbrel_engine::space::{Extent, SpaceId, UNIT};
@@ -22,10 +27,16 @@ pub const MAX_ZERO_UNITS: u64 = 1 << 20;
 const FIXED: usize = 8;
 const RUN: usize = 12;
 
-/// How the content is written.
+const RAW: u8 = 0;
+const ZERO: u8 = 1;
+const PACKED: u8 = 2;
+
+/// What the content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
+    /// Bytes.
     Raw,
+    /// Zeroes.
     Zero,
 }
 
@@ -56,6 +67,22 @@ pub enum UnitsError {
     TooMany { units: u64, limit: u64 },
     #[error("units frame announces {units} units but carries {bytes} bytes")]
     Length { units: u64, bytes: usize },
+    #[error("units frame: {0}")]
+    Packed(#[from] pack::UnpackError),
+}
+
+/// A payload ready to go, in two parts so that content is not copied.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parcel {
+    pub head: Bytes,
+    pub body: Bytes,
+}
+
+impl Parcel {
+    /// Bytes of the frame, its header included.
+    pub fn wire_len(&self) -> u64 {
+        (HEADER_LEN + self.head.len() + self.body.len()) as u64
+    }
 }
 
 impl Units {
@@ -63,18 +90,39 @@ impl Units {
         self.runs.iter().map(|r| r.len).sum()
     }
 
+    /// Written as it is.
+    pub fn plain(self) -> Parcel {
+        let encoding = match self.encoding {
+            Encoding::Raw => RAW,
+            Encoding::Zero => ZERO,
+        };
+        Parcel {
+            head: self.head(encoding),
+            body: self.body,
+        }
+    }
+
+    /// Written as one packed stretch; `None` if that is not worth it. Only for peers with
+    /// [`FEATURE_ZSTD`](crate::message::FEATURE_ZSTD).
+    pub fn packed(&self, packer: &mut Packer, level: i32) -> Option<Parcel> {
+        match self.encoding {
+            Encoding::Zero => None,
+            Encoding::Raw => Some(Parcel {
+                body: packer.pack(&self.body, level)?,
+                head: self.head(PACKED),
+            }),
+        }
+    }
+
     /// Everything before the body.
-    pub fn head(&self) -> Bytes {
+    fn head(&self, encoding: u8) -> Bytes {
         let mut head = BytesMut::with_capacity(FIXED + self.runs.len() * RUN);
         head.put_u16_le(self.space.0);
         head.put_u8(match self.class {
             Class::Demand => 0,
             Class::Push => 1,
         });
-        head.put_u8(match self.encoding {
-            Encoding::Raw => 0,
-            Encoding::Zero => 1,
-        });
+        head.put_u8(encoding);
         head.put_u16_le(self.runs.len() as u16);
         head.put_u16_le(0);
         for run in &self.runs {
@@ -84,7 +132,8 @@ impl Units {
         head.freeze()
     }
 
-    /// Reads a payload; the body is a slice of it, not a copy.
+    /// Reads a payload. The body is a slice of it and not a copy, unless it was packed: then so much is
+    /// allocated as the runs announce, which is [`MAX_UNITS`] at most.
     pub fn decode(mut payload: Bytes) -> Result<Units, UnitsError> {
         let len = payload.len();
         if len < FIXED {
@@ -96,9 +145,10 @@ impl Units {
             1 => Class::Push,
             other => return Err(UnitsError::Class(other)),
         };
-        let encoding = match payload.get_u8() {
-            0 => Encoding::Raw,
-            1 => Encoding::Zero,
+        let (encoding, is_packed) = match payload.get_u8() {
+            RAW => (Encoding::Raw, false),
+            ZERO => (Encoding::Zero, false),
+            PACKED => (Encoding::Raw, true),
             other => return Err(UnitsError::Encoding(other)),
         };
         let count = usize::from(payload.get_u16_le());
@@ -127,6 +177,9 @@ impl Units {
         };
         if units > limit {
             return Err(UnitsError::TooMany { units, limit });
+        }
+        if is_packed {
+            payload = pack::unpack(&payload, bytes as usize)?;
         }
         if payload.len() as u64 != bytes {
             return Err(UnitsError::Length {
@@ -174,9 +227,11 @@ mod tests {
     }
 
     fn join(u: &Units) -> Bytes {
-        let mut all = BytesMut::from(&u.head()[..]);
-        all.extend_from_slice(&u.body);
-        all.freeze()
+        whole(u.clone().plain())
+    }
+
+    fn whole(parcel: Parcel) -> Bytes {
+        [&parcel.head[..], &parcel.body].concat().into()
     }
 
     #[test]
@@ -189,7 +244,7 @@ mod tests {
     #[test]
     fn head_has_its_golden_bytes() {
         assert_eq!(
-            &sample().head()[..],
+            &sample().plain().head[..],
             [
                 3, 0, 0, 0, 2, 0, 0, 0, // space 3, demand, raw, two runs
                 5, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, // 5..7
@@ -206,6 +261,53 @@ mod tests {
             Units::decode(join(&u)),
             Err(UnitsError::Length { units: 3, .. })
         ));
+    }
+
+    /// The bytes of version 1, for ever: the checksum is of the content, the rest is zstd's.
+    #[test]
+    fn a_packed_payload_has_its_golden_bytes() {
+        let parcel = sample()
+            .packed(&mut Packer::default(), 1)
+            .expect("sevens pack well");
+        assert_eq!(parcel.head[3], 2);
+        let sum = xxhash_rust::xxh3::xxh3_64(&sample().body);
+        assert_eq!(parcel.body[..8], sum.to_le_bytes());
+        assert_eq!(parcel.body[8..12], [0x28, 0xb5, 0x2f, 0xfd], "zstd's magic");
+        assert!(parcel.wire_len() < 100);
+        assert_eq!(Units::decode(whole(parcel)), Ok(sample()));
+    }
+
+    #[test]
+    fn packed_content_of_more_units_than_a_frame_may_have_is_not_unpacked() {
+        let mut u = sample();
+        u.runs = vec![Extent::new(0, MAX_UNITS + 1)];
+        u.body = Bytes::from(vec![0; ((MAX_UNITS + 1) * UNIT) as usize]);
+        let parcel = u
+            .packed(&mut Packer::default(), 1)
+            .expect("zeroes pack well");
+        assert_eq!(
+            Units::decode(whole(parcel)),
+            Err(UnitsError::TooMany {
+                units: MAX_UNITS + 1,
+                limit: MAX_UNITS
+            })
+        );
+    }
+
+    #[test]
+    fn packed_content_of_another_length_than_its_runs_is_refused() {
+        let parcel = sample()
+            .packed(&mut Packer::default(), 1)
+            .expect("sevens pack well");
+        for units in [1, 2, 4] {
+            let mut other = sample();
+            other.runs = vec![Extent::new(5, units)];
+            let payload = [&other.head(PACKED)[..], &parcel.body].concat();
+            assert!(matches!(
+                Units::decode(payload.into()),
+                Err(UnitsError::Packed(_))
+            ));
+        }
     }
 
     proptest! {

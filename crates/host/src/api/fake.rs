@@ -57,6 +57,8 @@ pub fn sample_migration() -> MigrationView {
             space("root", SpaceKind::Disk, 262_144),
         ],
         sent: SentBytes::default(),
+        codecs: CodecUnits::default(),
+        compress: Compress::Auto,
         bandwidth: RateLimit(None),
         rate: 0,
         eta: None,

@@ -10,6 +10,7 @@ use crate::state::{
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+pub use whimbrel_engine::codec::Policy as Compress;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::key_id::KeyId;
@@ -414,6 +415,9 @@ pub struct MigrateRequest {
     /// configuration's if it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_latency: Option<LatencyBound>,
+    /// `auto`, `none`, `zstd` or `zstd:LEVEL`.
+    #[serde(default)]
+    pub compress: Compress,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -469,6 +473,10 @@ pub struct MigrationView {
     pub permille: u16,
     pub spaces: Vec<SpaceProgress>,
     pub sent: SentBytes,
+    #[serde(default)]
+    pub codecs: CodecUnits,
+    #[serde(default)]
+    pub compress: Compress,
     pub bandwidth: RateLimit,
     /// Bits per second over the last seconds.
     pub rate: u64,
@@ -514,12 +522,30 @@ pub struct SentBytes {
     pub demand: u64,
     pub push: u64,
     pub control: u64,
+    /// Of demand and push: what the units in them were before they were written for the link.
+    #[serde(default)]
+    pub content: u64,
 }
 
 impl SentBytes {
     pub fn total(self) -> u64 {
         self.demand + self.push + self.control
     }
+
+    /// Bytes of frames with units over bytes of content in them; absent before there was any.
+    pub fn over_content(self) -> Option<f64> {
+        let units = (self.demand + self.push) as f64;
+        (self.content > 0).then(|| units / self.content as f64)
+    }
+}
+
+/// Units that were sent, by how they were written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecUnits {
+    pub plain: u64,
+    pub zstd: u64,
+    /// Zeroes, as what they are.
+    pub zero: u64,
 }
 
 /// When it will be over, from now.
@@ -567,6 +593,8 @@ pub struct MigrationReport {
     #[serde(default)]
     pub late_copies: u64,
     pub sent: SentBytes,
+    #[serde(default)]
+    pub codecs: CodecUnits,
     pub demands: DemandStats,
     /// The guest's own requests to its disks at the destination, until all was there.
     #[serde(default)]

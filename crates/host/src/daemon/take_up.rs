@@ -31,7 +31,7 @@ use crate::migration::incoming;
 use crate::migration::landing::Plan;
 use crate::migration::outgoing::{self, Outgoing, offer_again};
 use crate::migration::record::{
-    MigrationJournal, is_over, mark_over, read_bandwidth, read_latency, read_layout,
+    MigrationJournal, is_over, mark_over, read_bandwidth, read_compress, read_latency, read_layout,
 };
 use crate::service::first_view;
 use crate::state::{
@@ -265,6 +265,7 @@ impl Daemon {
             pace: pace.clone(),
             pushes: 0,
             easing: easing.clone(),
+            compress: view.compress,
             ram_changes: changes,
         };
         // Nobody commands a move that is off.
@@ -363,6 +364,8 @@ impl Daemon {
         let mut view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Outgoing);
         view.bandwidth = read_bandwidth(folder);
         let easing = Arc::new(Easing::new(read_latency(folder)));
+        let compress = read_compress(folder);
+        view.compress = compress;
         let pace = self.host.pace.under(rate_of(view.bandwidth));
         let board = Arc::new(Board::new(view));
         board.phase(source.phase());
@@ -385,6 +388,7 @@ impl Daemon {
                 pace: pace.clone(),
                 pushes: 1,
                 easing: easing.clone(),
+                compress,
                 ram_changes: changes,
             });
             let setup = outgoing::Setup {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use whimbrel_engine::codec::{Codec, Policy};
 use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::outflow::Class as CopyClass;
 use whimbrel_engine::set::UnitSet;
@@ -21,9 +22,10 @@ use whimbrel_peer::backoff::Backoff;
 use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
 use whimbrel_peer::hello::Class;
 use whimbrel_peer::pace::Pace;
-use whimbrel_wire::frame::{HEADER_LEN, Kind};
-use whimbrel_wire::message::{MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
-use whimbrel_wire::units::{Encoding, Units};
+use whimbrel_wire::frame::Kind;
+use whimbrel_wire::message::{FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
+use whimbrel_wire::pack::Packer;
+use whimbrel_wire::units::{Encoding, MAX_UNITS, Units};
 
 use super::easing::{Easing, PERIOD};
 use super::flow::{Answer, Content, Flow, Since};
@@ -31,6 +33,7 @@ use super::governor::Governor;
 use super::lane::{
     Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, send_units, until_first_ends,
 };
+use super::packing::{self, Form, Frame, PackJob, Packing};
 use crate::disk::absolute;
 use crate::peers::Dialler;
 
@@ -61,6 +64,8 @@ pub struct Gear {
     /// Push connections.
     pub pushes: u16,
     pub easing: Arc<Easing>,
+    /// How content is written.
+    pub compress: Policy,
     /// RAM's content still changes here: set until the stop.
     pub ram_changes: watch::Receiver<bool>,
 }
@@ -87,6 +92,7 @@ impl Departure {
         };
         let life = Life {
             governor: Arc::new(Governor::under(&gear.pace)),
+            packing: Arc::new(Packing::new(gear.compress)),
             gear,
             mouth: departure.mouth.clone(),
             pulse: departure.pulse.clone(),
@@ -110,6 +116,7 @@ struct Life {
     pulse: Arc<Pulse>,
     events: mpsc::Sender<LinkEvent>,
     governor: Arc<Governor>,
+    packing: Arc<Packing>,
 }
 
 async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken) {
@@ -219,43 +226,117 @@ async fn control_out(
     }
 }
 
-async fn answer_demand(
-    sender: &mut FrameSender,
-    answer: Answer,
-    life: &Life,
-) -> Result<(), LaneError> {
-    let flow = &life.gear.flow;
-    let (units, count) = content_of(answer, CopyClass::Demand, flow).await?;
-    let space = units.space;
-    life.governor.pace().charge(units.body.len() as u64);
-    let bytes = send_units(sender, units).await?;
-    flow.count(space, CopyClass::Demand, count, bytes);
-    Ok(())
+/// One push connection's way out.
+struct Pusher {
+    sender: FrameSender,
+    life: Life,
+    /// The peer reads packed units.
+    can_unpack: bool,
+    /// For demands, which are packed in between.
+    packer: Packer,
 }
 
-/// What to send, and how many units of content are in it.
+impl Pusher {
+    async fn answer_demand(&mut self, answer: Answer) -> Result<(), LaneError> {
+        let flow = &self.life.gear.flow;
+        let (units, _) = content_of(answer, CopyClass::Demand, flow).await?;
+        let space = units.space;
+        let codec = match self.can_unpack {
+            true => self.life.packing.for_demand(self.life.governor.allowed()),
+            false => Codec::Plain,
+        };
+        let frames = packing::frames(units, codec, MAX_UNITS, &mut self.packer).frames;
+        flow.framed(frames.len() as u64);
+        for frame in frames {
+            self.life.governor.pace().charge(frame.parcel.wire_len());
+            self.send(space, CopyClass::Demand, frame).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(
+        &mut self,
+        space: SpaceId,
+        class: CopyClass,
+        mut frame: Frame,
+    ) -> Result<(), LaneError> {
+        let parcel = std::mem::take(&mut frame.parcel);
+        let bytes = send_units(&mut self.sender, parcel).await?;
+        self.life.gear.flow.count(space, class, &frame, bytes);
+        Ok(())
+    }
+
+    /// Whoever waits at the destination does not wait for something of push: demands go in between.
+    async fn answering<T>(&mut self, work: impl Future<Output = T>) -> Result<T, LaneError> {
+        let flow = self.life.gear.flow.clone();
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                answer = flow.next_demand() => self.answer_demand(answer).await?,
+                done = &mut work => return Ok(done),
+            }
+        }
+    }
+
+    async fn run(&mut self) -> Result<(), LaneError> {
+        let (flow, life) = (self.life.gear.flow.clone(), self.life.clone());
+        let governor = &life.governor;
+        flow.opened().await;
+        let mut job = PackJob::new(life.packing.clone(), self.can_unpack);
+        loop {
+            let most = || governor.frame_units(job.left());
+            let (class, answer) = flow.next_push(most).await;
+            if class == CopyClass::Demand {
+                self.answer_demand(answer).await?;
+                continue;
+            }
+            let frame_units = governor.frame_units(1.0);
+            let packed = self.answering(async {
+                let (units, read) = content_of(answer, class, &flow).await?;
+                let space = units.space;
+                let allowed = governor.allowed();
+                let packed = job.pack(units, frame_units, allowed).await;
+                Ok::<_, LaneError>((space, read, packed))
+            });
+            let (space, read, packed) = packed.await??;
+            flow.framed(packed.frames.len() as u64);
+            let mut took = packed.took(read);
+            for frame in packed.frames {
+                let of_content = frame.form != Form::Zero;
+                let began = Instant::now();
+                let turn = governor.pace().acquire(frame.parcel.wire_len());
+                self.answering(turn).await?;
+                let turned = Instant::now();
+                self.send(space, class, frame).await?;
+                if of_content {
+                    took.turn += turned - began;
+                    took.handing += turned.elapsed();
+                }
+            }
+            life.packing.sent(took, governor.allowed());
+        }
+    }
+}
+
+/// What to send, and how long reading it took.
 async fn content_of(
     answer: Answer,
     class: CopyClass,
     flow: &Flow,
-) -> Result<(Units, u64), LaneError> {
-    match answer {
-        Answer::Zero(space, run) => {
-            let units = Units {
-                space,
-                class,
-                encoding: Encoding::Zero,
-                runs: vec![run],
-                body: bytes::Bytes::new(),
-            };
-            Ok((units, 0))
-        }
-        Answer::Batch(batch) => {
-            let units = flow.load(&batch).await?;
-            let count = units.units();
-            Ok((units, count))
-        }
-    }
+) -> Result<(Units, Duration), LaneError> {
+    let began = Instant::now();
+    let units = match answer {
+        Answer::Zero(space, run) => Units {
+            space,
+            class,
+            encoding: Encoding::Zero,
+            runs: vec![run],
+            body: bytes::Bytes::new(),
+        },
+        Answer::Batch(batch) => flow.load(&batch).await?,
+    };
+    Ok((units, began.elapsed()))
 }
 
 async fn push_out(
@@ -267,36 +348,21 @@ async fn push_out(
     tracing::debug!(push = number, sockets = ?connection.sockets(), "push connection");
     // Without it the governor goes by what it let go.
     let gauge = connection.gauge().ok();
-    let _watched = gauge.map(|gauge| life.governor.watch(gauge));
-    let (mut sender, mut receiver) = connection.split();
-    let flow = life.gear.flow.clone();
+    let governor = life.governor.clone();
+    let _watched = gauge.map(|gauge| governor.watch(gauge));
+    let can_unpack = connection.agreed().features & FEATURE_ZSTD != 0;
+    let (sender, mut receiver) = connection.split();
+    let mut pusher = Pusher {
+        sender,
+        life,
+        can_unpack,
+        packer: Packer::default(),
+    };
     let sending = async {
         if told.wait_for(|&told| told).await.is_err() {
             return Err(LaneError::Closed);
         }
-        flow.opened().await;
-        loop {
-            let (class, answer) = flow.next_push(|| life.governor.frame_units()).await;
-            if class == CopyClass::Demand {
-                answer_demand(&mut sender, answer, &life).await?;
-                continue;
-            }
-            let (units, count) = content_of(answer, class, &flow).await?;
-            let announced = (HEADER_LEN + units.body.len()) as u64;
-            let turn = life.governor.pace().acquire(announced);
-            tokio::pin!(turn);
-            loop {
-                // Whoever waits at the destination does not wait for a push to be allowed.
-                tokio::select! {
-                    biased;
-                    answer = flow.next_demand() => answer_demand(&mut sender, answer, &life).await?,
-                    () = &mut turn => break,
-                }
-            }
-            let space = units.space;
-            let bytes = send_units(&mut sender, units).await?;
-            flow.count(space, class, count, bytes);
-        }
+        pusher.run().await
     };
     // Nothing is said on the way back; reading is how a broken connection is noticed at once.
     let listening = async {

@@ -12,6 +12,8 @@ use whimbrel_qemu::content::RamContent;
 use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
+use super::packing::{Form, Frame};
+
 /// Units of one demanded frame: small, so that several demands take turns.
 const DEMAND_UNITS: u64 = 8;
 
@@ -47,6 +49,10 @@ pub struct Sent {
     pub demand_bytes: u64,
     pub push_bytes: u64,
     pub units: u64,
+    /// The same units, by how they were written.
+    pub plain: u64,
+    pub zstd: u64,
+    pub zero: u64,
 }
 
 impl Sent {
@@ -66,6 +72,8 @@ struct Inner {
     zero_pushes: VecDeque<(SpaceId, Extent)>,
     /// Units frames handed to the connections of this life of the session.
     frames: u64,
+    /// Answers handed out of which it is not known yet how many frames they are.
+    in_hand: u64,
 }
 
 /// What flows out of the source.
@@ -88,6 +96,7 @@ impl Default for Flow {
                 zero_answers: VecDeque::new(),
                 zero_pushes: VecDeque::new(),
                 frames: 0,
+                in_hand: 0,
             }),
             demanded: Notify::new(),
             pushable: Notify::new(),
@@ -207,11 +216,11 @@ impl Flow {
                     return (CopyClass::Demand, answer);
                 }
                 if let Some((space, run)) = inner.zero_pushes.pop_front() {
-                    inner.frames += 1;
+                    inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Zero(space, run));
                 }
                 if let Some(batch) = inner.out.next_push(most()) {
-                    inner.frames += 1;
+                    inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Batch(batch));
                 }
             }
@@ -235,12 +244,24 @@ impl Flow {
 
     /// A life of the session begins: no frame was handed to it yet.
     pub fn begin_life(&self) {
-        self.inner().frames = 0;
+        let mut inner = self.inner();
+        inner.frames = 0;
+        // What the last life had in hand was lost with it.
+        inner.in_hand = 0;
     }
 
-    /// Units frames handed to the connections of this life.
-    pub fn frames(&self) -> u64 {
-        self.inner().frames
+    /// An answer that was handed out goes as so many frames: to be said once of each, before it is sent.
+    pub fn framed(&self, frames: u64) {
+        let mut inner = self.inner();
+        inner.frames += frames;
+        inner.in_hand = inner.in_hand.saturating_sub(1);
+    }
+
+    /// Units frames of this life, all that was handed out so far being counted; `None` while that is not
+    /// known: some of it is still being packed.
+    pub fn frames(&self) -> Option<u64> {
+        let inner = self.inner();
+        (inner.in_hand == 0).then_some(inner.frames)
     }
 
     /// Whether every zero that was to go by way of push has been handed out.
@@ -253,11 +274,16 @@ impl Flow {
         self.change(|out| out.put_back(batch));
     }
 
-    /// What a batch cost.
-    pub fn count(&self, space: SpaceId, class: CopyClass, units: u64, bytes: u64) {
+    /// What a frame cost.
+    pub fn count(&self, space: SpaceId, class: CopyClass, frame: &Frame, bytes: u64) {
         let mut inner = self.inner();
         let sent = &mut inner.sent[usize::from(space.0)];
-        sent.units += units;
+        sent.units += frame.units;
+        *match frame.form {
+            Form::Plain => &mut sent.plain,
+            Form::Zstd => &mut sent.zstd,
+            Form::Zero => &mut sent.zero,
+        } += frame.units;
         match class {
             CopyClass::Demand => sent.demand_bytes += bytes,
             CopyClass::Push => sent.push_bytes += bytes,
@@ -359,7 +385,7 @@ fn take_demand(inner: &mut Inner) -> Option<Answer> {
         Some((space, run)) => Answer::Zero(space, run),
         None => Answer::Batch(inner.out.next_demand(DEMAND_UNITS)?),
     };
-    inner.frames += 1;
+    inner.in_hand += 1;
     Some(answer)
 }
 

@@ -291,11 +291,16 @@ impl Governor {
         &self.pace
     }
 
-    /// Units that a frame of push may have now.
-    pub fn frame_units(&self) -> u64 {
+    /// Units that a frame of push may have now, if so much of them is left on the link.
+    pub fn frame_units(&self, left: f64) -> u64 {
+        let rate = self.allowed() as f64;
+        ((rate * FRAME / (UNIT as f64 * left)) as u64).clamp(1, MAX_UNITS)
+    }
+
+    /// What push may send at most, in bytes a second.
+    pub fn allowed(&self) -> u64 {
         let inner = self.inner();
-        let rate = inner.rate.min(inner.cap.map_or(MOST, |cap| cap as f64));
-        ((rate * FRAME / UNIT as f64) as u64).clamp(1, MAX_UNITS)
+        (inner.rate as u64).min(inner.cap.unwrap_or(u64::MAX))
     }
 
     /// Counts what a push connection carries, until the answer is dropped.

@@ -11,7 +11,7 @@ use whimbrel_peer::error::PeerError;
 use whimbrel_peer::rtt::Rtt;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::message::{Message, MessageError};
-use whimbrel_wire::units::{Units, UnitsError};
+use whimbrel_wire::units::{Parcel, Units, UnitsError};
 
 /// Messages that wait to be said. Who says more waits.
 const OUTBOX: usize = 256;
@@ -195,11 +195,10 @@ pub async fn say(sender: &mut FrameSender, message: &Message) -> Result<(), Lane
 }
 
 /// Sends units and returns the bytes of the frame.
-pub async fn send_units(sender: &mut FrameSender, units: Units) -> Result<u64, LaneError> {
-    let head = units.head();
-    let bytes = whimbrel_wire::frame::HEADER_LEN + head.len() + units.body.len();
-    sender.send(Kind::Units, &head, units.body).await?;
-    Ok(bytes as u64)
+pub async fn send_units(sender: &mut FrameSender, parcel: Parcel) -> Result<u64, LaneError> {
+    let bytes = parcel.wire_len();
+    sender.send(Kind::Units, &parcel.head, parcel.body).await?;
+    Ok(bytes)
 }
 
 /// Runs the tasks of one life of a session until the first of them ends, then ends the others, and waits

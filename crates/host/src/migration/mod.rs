@@ -24,6 +24,7 @@ pub mod incoming;
 pub mod landing;
 mod lane;
 pub mod outgoing;
+mod packing;
 pub mod peeks;
 pub mod record;
 mod report;

@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use whimbrel_engine::codec::Policy;
 use whimbrel_engine::switchover::Record;
 use whimbrel_qemu::stream::StreamLayout;
 use xxhash_rust::xxh3::xxh3_64;
@@ -27,6 +28,9 @@ const BANDWIDTH: &str = "bandwidth";
 
 /// How long the guest's requests may take.
 const LATENCY: &str = "guest-latency";
+
+/// How the migration writes content, as the operator wants it.
+const COMPRESS: &str = "compress";
 
 /// Keeps the migration's limit, for a daemon that takes it up.
 pub fn save_bandwidth(folder: &Path, limit: RateLimit) -> Result<(), StateError> {
@@ -50,6 +54,18 @@ pub fn read_latency(folder: &Path) -> LatencyBound {
     let text = StateDir::read_text(&folder.join(LATENCY)).ok().flatten();
     let bound = text.and_then(|text| text.trim().parse().ok());
     bound.unwrap_or_default()
+}
+
+/// Keeps how content is written, for a daemon that takes the migration up.
+pub fn save_compress(folder: &Path, compress: Policy) -> Result<(), StateError> {
+    StateDir::replace_file(&folder.join(COMPRESS), compress.to_string().as_bytes())
+}
+
+/// What was kept; the default if there is nothing, or nothing that can be understood.
+pub fn read_compress(folder: &Path) -> Policy {
+    let text = StateDir::read_text(&folder.join(COMPRESS)).ok().flatten();
+    let policy = text.and_then(|text| text.trim().parse().ok());
+    policy.unwrap_or_default()
 }
 
 /// Whether nothing is left to do of the migration in this folder.

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use whimbrel_engine::space::SpaceKind;
+use whimbrel_engine::space::{SpaceKind, UNIT};
 use whimbrel_wire::message::Fares;
 
 use super::easing::Easing;
 use super::flow::Flow;
 use crate::api::types::{
-    DemandStats, GuestIo, MigrationReport, SentBytes, SpaceProgress, TimePart,
+    CodecUnits, DemandStats, GuestIo, MigrationReport, SentBytes, SpaceProgress, TimePart,
 };
 use crate::disk::DemandFigures;
 
@@ -50,6 +50,18 @@ pub fn sent_bytes(flow: &Flow) -> SentBytes {
         let sent = flow.sent(info.id);
         sum.demand += sent.demand_bytes;
         sum.push += sent.push_bytes;
+        sum.content += sent.units * UNIT;
+    }
+    sum
+}
+
+pub fn codecs(flow: &Flow) -> CodecUnits {
+    let mut sum = CodecUnits::default();
+    for info in flow.infos() {
+        let sent = flow.sent(info.id);
+        sum.plain += sent.plain;
+        sum.zstd += sent.zstd;
+        sum.zero += sent.zero;
     }
     sum
 }
@@ -125,6 +137,7 @@ pub fn outgoing(
         units_forgotten: tallies.iter().map(|(t, _)| t.forgotten).sum(),
         late_copies: fares.late_copies,
         sent: sent_bytes(flow),
+        codecs: codecs(flow),
         demands: demands(fares),
         guest_io: guest_io(easing),
         outage_ms: millis(times.outage),

@@ -24,7 +24,7 @@ use crate::migration::departure::{Departure, Gear};
 use crate::migration::easing::Easing;
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
-use crate::migration::record::{MigrationJournal, save_bandwidth, save_latency};
+use crate::migration::record::{MigrationJournal, save_bandwidth, save_compress, save_latency};
 use errors::*;
 pub use views::first_view;
 
@@ -480,6 +480,7 @@ impl Service for Daemon {
         let bound = request.guest_latency;
         let bound = bound.unwrap_or(self.host.config.guest_latency);
         save_latency(&folder, bound)?;
+        save_compress(&folder, request.compress)?;
         let journal = MigrationJournal::open(&folder)?;
         let mut view = first_view(
             id.clone(),
@@ -488,6 +489,7 @@ impl Service for Daemon {
             Direction::Outgoing,
         );
         view.bandwidth = request.bandwidth;
+        view.compress = request.compress;
         let board = Arc::new(Board::new(view));
         let flow = Arc::new(Flow::default());
         let pace = self.host.pace.under(rate_of(request.bandwidth));
@@ -499,6 +501,7 @@ impl Service for Daemon {
             pace: pace.clone(),
             pushes: 1,
             easing: easing.clone(),
+            compress: request.compress,
             ram_changes: changes,
         };
         let (commands, queue) = mpsc::channel(8);

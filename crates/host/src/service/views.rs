@@ -30,6 +30,8 @@ pub fn first_view(
         permille: 0,
         spaces: Vec::new(),
         sent: SentBytes::default(),
+        codecs: CodecUnits::default(),
+        compress: Compress::Auto,
         bandwidth: RateLimit(None),
         rate: 0,
         eta: None,

@@ -77,9 +77,11 @@ impl Outgoing {
         let Some(ahead) = self.ahead.as_mut().filter(|_| !rest) else {
             return false;
         };
-        if ahead.barrier == Barrier::Open && self.link_up {
+        if ahead.barrier == Barrier::Open
+            && self.link_up
+            && let Some(frames) = self.setup.flow.frames()
+        {
             ahead.barrier = Barrier::Said;
-            let frames = self.setup.flow.frames();
             self.setup.link.mouth.say(Message::RamEnd { frames }).await;
         }
         ahead.barrier == Barrier::Closed

@@ -455,7 +455,7 @@ impl Outgoing {
             total += space.units_live;
             done += (space.units_sent + forgotten).min(space.units_live);
         }
-        let sent = report::sent_bytes(flow);
+        let (sent, codecs) = (report::sent_bytes(flow), report::codecs(flow));
         let demands = report::demands(&self.fares);
         let rtt = self.setup.link.pulse.rtt();
         let alive = self.setup.link.pulse.is_alive();
@@ -464,6 +464,7 @@ impl Outgoing {
             view.push_held_to = held_to;
             view.spaces = view_spaces;
             view.sent = sent;
+            view.codecs = codecs;
             view.demands = demands;
             view.link.rtt_ms = rtt.map(|r| r.as_secs_f64() * 1e3);
             if view.link.connected && !alive {

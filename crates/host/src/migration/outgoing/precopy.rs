@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use whimbrel_engine::space::UNIT;
 use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::Message;
 
@@ -47,13 +48,13 @@ impl Outgoing {
         (0..blocks)
             .map(|b| self.setup.flow.tally(self.ram_space(b)).pending)
             .sum::<u64>()
-            * whimbrel_engine::space::UNIT
+            * UNIT
     }
 
     pub(super) fn precopy_may_stop(&self) -> bool {
         let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
         let sent: u64 = (0..blocks)
-            .map(|b| self.setup.flow.sent(self.ram_space(b)).bytes())
+            .map(|b| self.setup.flow.sent(self.ram_space(b)).units * UNIT)
             .sum();
         let rate = self.board().view().rate / 8;
         let rest = self.ram_pending_bytes();
@@ -74,10 +75,14 @@ impl Outgoing {
                 self.setup.flow.change(|out| out.offer_set(space, stale));
             }
         }
-        while self.ram_pending_bytes() > 0 || !self.setup.flow.zeroes_are_pushed() {
-            self.step_of_stop(until).await?;
-        }
-        let frames = self.setup.flow.frames();
+        let frames = loop {
+            let all_handed_out =
+                self.ram_pending_bytes() == 0 && self.setup.flow.zeroes_are_pushed();
+            match self.setup.flow.frames().filter(|_| all_handed_out) {
+                Some(frames) => break frames,
+                None => self.step_of_stop(until).await?,
+            }
+        };
         self.setup.link.mouth.say(Message::RamEnd { frames }).await;
         while !self.ram_taken {
             self.step_of_stop(until).await?;

@@ -1,0 +1,448 @@
+//! How content is written on its way out: units of zeroes as runs, the rest plain or packed.
+//!
+//! One batch becomes one or more frames. Units that are zero go as a frame without content, whatever the
+//! peer knows. The rest is packed as a whole if that pays at the moment ([`Chooser`] decides, by what it is
+//! told here), else it goes plain in frames short enough that a demand does not wait long behind one.
+//!
+//! Packing that takes longer than [`INLINE`] runs on a thread of its own, one for each push connection at
+//! most. Demands are packed at once, where they are, with the quick levels only: 32 KiB in some tens of
+//! microseconds.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use whimbrel_engine::codec::{Choice, Chooser, Codec, Packed, Policy, Took};
+use whimbrel_engine::space::{Extent, UNIT};
+use whimbrel_volume::backend::is_zero;
+use whimbrel_wire::pack::Packer;
+use whimbrel_wire::units::{Encoding, Parcel, Units};
+
+/// What takes longer does not run among the tasks of the connections.
+const INLINE: Duration = Duration::from_micros(200);
+
+/// How units are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    Plain,
+    Zstd,
+    Zero,
+}
+
+/// A frame ready to go.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    pub parcel: Parcel,
+    pub units: u64,
+    pub form: Form,
+}
+
+/// A batch as frames.
+#[derive(Clone, Debug, Default)]
+pub struct Frames {
+    pub frames: Vec<Frame>,
+    /// What packing came to: as it is sent, and for comparison.
+    used: Option<Packed>,
+    other: Option<Packed>,
+}
+
+impl Frames {
+    /// What the content in these frames has taken so far; zeroes tell nothing of the link or of levels.
+    pub fn took(&self, read: Duration) -> Took {
+        let content = self.frames.iter().filter(|f| f.form != Form::Zero);
+        let packed = self.used.iter().chain(&self.other);
+        Took {
+            content: content.clone().map(|f| f.units * UNIT).sum(),
+            wire: content.map(|f| f.parcel.wire_len()).sum(),
+            read,
+            pack: packed.map(|p| p.took).sum(),
+            ..Took::default()
+        }
+    }
+}
+
+/// What a session knows of codecs, through all its connections.
+pub struct Packing {
+    chooser: Mutex<Chooser>,
+    clock: Instant,
+}
+
+impl Packing {
+    pub fn new(policy: Policy) -> Packing {
+        Packing {
+            chooser: Mutex::new(Chooser::new(policy)),
+            clock: Instant::now(),
+        }
+    }
+
+    fn chooser(&self) -> MutexGuard<'_, Chooser> {
+        self.chooser.lock().expect("no holder of this lock panics")
+    }
+
+    /// `allowed` is what push may send at most, in bytes a second.
+    pub fn for_demand(&self, allowed: u64) -> Codec {
+        self.chooser().for_demand(allowed)
+    }
+
+    /// A batch has been handed to the kernel.
+    pub fn sent(&self, took: Took, allowed: u64) {
+        self.chooser().sent(took, allowed);
+    }
+}
+
+/// Packs one connection's batches, one after the other.
+pub struct PackJob {
+    packing: Arc<Packing>,
+    can_unpack: bool,
+    /// Away while a thread packs.
+    packer: Option<Packer>,
+}
+
+impl PackJob {
+    pub fn new(packing: Arc<Packing>, can_unpack: bool) -> PackJob {
+        PackJob {
+            packing,
+            can_unpack,
+            packer: None,
+        }
+    }
+
+    /// How much of content is left on the link, lately.
+    pub fn left(&self) -> f64 {
+        match self.can_unpack {
+            true => self.packing.chooser().left(),
+            false => 1.0,
+        }
+    }
+
+    /// `frame_units` is the most that a frame of plain content may have.
+    pub async fn pack(&mut self, units: Units, frame_units: u64, allowed: u64) -> Frames {
+        let plain = Choice {
+            codec: Codec::Plain,
+            probe: None,
+        };
+        let (choice, time) = {
+            let mut chooser = self.packing.chooser();
+            let now = self.packing.clock.elapsed().as_micros() as u64;
+            let choice = match self.can_unpack {
+                true => chooser.next(now, allowed),
+                false => plain,
+            };
+            let probe = choice.probe.map_or(Codec::Plain, Codec::Zstd);
+            let bytes = units.body.len() as u64;
+            let time = chooser.will_take(choice.codec, bytes) + chooser.will_take(probe, bytes);
+            (choice, time)
+        };
+        let mut packer = self.packer.take().unwrap_or_default();
+        let work = move || {
+            (
+                frames_probed(units, choice, frame_units, &mut packer),
+                packer,
+            )
+        };
+        let (frames, packer) = if time <= INLINE {
+            work()
+        } else {
+            match tokio::task::spawn_blocking(work).await {
+                Ok(done) => done,
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_) => unreachable!("packing is not cancelled while the runtime lives"),
+                },
+            }
+        };
+        self.packer = Some(packer);
+        let mut chooser = self.packing.chooser();
+        match (frames.used, frames.other) {
+            (Some(used), Some(other)) => {
+                chooser.packed(used);
+                chooser.probed(used, other);
+            }
+            (Some(one), None) | (None, Some(one)) => chooser.packed(one),
+            (None, None) => {}
+        }
+        drop(chooser);
+        frames
+    }
+}
+
+/// A batch as frames, packed or not. `frame_units` is the most that a frame of plain content may have.
+pub fn frames(units: Units, codec: Codec, frame_units: u64, packer: &mut Packer) -> Frames {
+    let choice = Choice { codec, probe: None };
+    frames_probed(units, choice, frame_units, packer)
+}
+
+fn frames_probed(units: Units, choice: Choice, frame_units: u64, packer: &mut Packer) -> Frames {
+    let mut all = Frames::default();
+    let (zero, content) = without_zeroes(units);
+    if let Some(zero) = zero {
+        all.frames.push(Frame {
+            units: zero.units(),
+            form: Form::Zero,
+            parcel: zero.plain(),
+        });
+    }
+    let Some(content) = content else {
+        return all;
+    };
+    let packs = choice.codec != Codec::Plain || choice.probe.is_some();
+    if packs && !packer.is_dense(&content.body) {
+        if let Codec::Zstd(level) = choice.codec {
+            let (packed, parcel) = pack(&content, level, packer);
+            all.used = Some(packed);
+            all.frames.extend(parcel.map(|parcel| Frame {
+                units: content.units(),
+                form: Form::Zstd,
+                parcel,
+            }));
+        }
+        all.other = choice.probe.map(|level| pack(&content, level, packer).0);
+    }
+    if all.frames.iter().all(|frame| frame.form == Form::Zero) {
+        let parts = split(content, frame_units);
+        all.frames.extend(parts.into_iter().map(|part| Frame {
+            units: part.units(),
+            form: Form::Plain,
+            parcel: part.plain(),
+        }));
+    }
+    all
+}
+
+fn pack(content: &Units, level: i32, packer: &mut Packer) -> (Packed, Option<Parcel>) {
+    let began = Instant::now();
+    let parcel = content.packed(packer, level);
+    let bytes = content.body.len() as u64;
+    let packed = Packed {
+        level,
+        content: bytes,
+        left: parcel.as_ref().map_or(bytes, |p| p.body.len() as u64),
+        took: began.elapsed(),
+    };
+    (packed, parcel)
+}
+
+/// Units of zeroes, and the others.
+fn without_zeroes(units: Units) -> (Option<Units>, Option<Units>) {
+    if units.encoding == Encoding::Zero {
+        return (Some(units), None);
+    }
+    let unit = UNIT as usize;
+    let zeroes: Vec<bool> = units.body.chunks(unit).map(is_zero).collect();
+    if !zeroes.contains(&true) {
+        return (None, Some(units));
+    }
+    let (mut zero, mut rest) = (Vec::new(), Vec::new());
+    let mut body = BytesMut::with_capacity(units.body.len());
+    let each = units.runs.iter().flat_map(|run| run.start..run.end());
+    for ((index, content), &is_zero) in each.zip(units.body.chunks(unit)).zip(&zeroes) {
+        if is_zero {
+            extend(&mut zero, index);
+        } else {
+            extend(&mut rest, index);
+            body.extend_from_slice(content);
+        }
+    }
+    let part = |encoding, runs: Vec<Extent>, body| {
+        (!runs.is_empty()).then_some(Units {
+            space: units.space,
+            class: units.class,
+            encoding,
+            runs,
+            body,
+        })
+    };
+    (
+        part(Encoding::Zero, zero, Bytes::new()),
+        part(Encoding::Raw, rest, body.freeze()),
+    )
+}
+
+fn extend(runs: &mut Vec<Extent>, index: u64) {
+    match runs.last_mut().filter(|last| last.end() == index) {
+        Some(last) => last.len += 1,
+        None => runs.push(Extent::new(index, 1)),
+    }
+}
+
+/// Parts of so many units at most, in order.
+fn split(units: Units, most: u64) -> Vec<Units> {
+    let most = most.max(1);
+    if units.units() <= most {
+        return vec![units];
+    }
+    let mut parts = Vec::new();
+    let (mut runs, mut room, mut from) = (Vec::new(), most, 0);
+    let mut end_part = |runs: Vec<Extent>, count: u64| {
+        let to = from + (count * UNIT) as usize;
+        parts.push(Units {
+            runs,
+            body: units.body.slice(from..to),
+            ..units.clone()
+        });
+        from = to;
+    };
+    for &run in &units.runs {
+        let mut left = run;
+        while !left.is_empty() {
+            let len = left.len.min(room);
+            runs.push(Extent::new(left.start, len));
+            left = Extent::new(left.start + len, left.len - len);
+            room -= len;
+            if room == 0 {
+                end_part(std::mem::take(&mut runs), most);
+                room = most;
+            }
+        }
+    }
+    if !runs.is_empty() {
+        end_part(runs, most - room);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use whimbrel_engine::outflow::Class;
+    use whimbrel_engine::space::SpaceId;
+    use whimbrel_wire::units::MAX_UNITS;
+
+    #[derive(Clone, Copy, Debug)]
+    enum Kind {
+        Zero,
+        Text,
+        Noise,
+    }
+
+    fn content(kind: Kind, index: u64) -> Vec<u8> {
+        let unit = UNIT as usize;
+        let noise = |n: u64| xxhash_rust::xxh3::xxh3_64(&(index << 32 | n).to_le_bytes());
+        match kind {
+            Kind::Zero => vec![0; unit],
+            Kind::Text => format!("unit {index}, as it goes ")
+                .into_bytes()
+                .into_iter()
+                .cycle()
+                .take(unit)
+                .collect(),
+            Kind::Noise => (0..UNIT / 8).flat_map(|n| noise(n).to_le_bytes()).collect(),
+        }
+    }
+
+    /// Runs of units with their kinds, each some units after the last.
+    fn batch(runs: &[(u64, Vec<Kind>)]) -> Units {
+        let (mut at, mut all, mut body) = (0, Vec::new(), Vec::new());
+        for (gap, kinds) in runs {
+            at += gap;
+            all.push(Extent::new(at, kinds.len() as u64));
+            for &kind in kinds {
+                body.extend(content(kind, at));
+                at += 1;
+            }
+        }
+        Units {
+            space: SpaceId(1),
+            class: Class::Push,
+            encoding: Encoding::Raw,
+            runs: all,
+            body: body.into(),
+        }
+    }
+
+    fn decoded(frame: &Frame) -> Units {
+        let payload = [&frame.parcel.head[..], &frame.parcel.body].concat();
+        Units::decode(payload.into()).expect("a frame of ours")
+    }
+
+    /// By unit: its content.
+    fn by_unit(units: &Units) -> Vec<(u64, Bytes)> {
+        let unit = UNIT as usize;
+        let pieces = units.pieces().flat_map(|(run, bytes)| {
+            (run.start..run.end()).enumerate().map(move |(n, index)| {
+                let content = match bytes.is_empty() {
+                    true => Bytes::from(vec![0; unit]),
+                    false => bytes.slice(n * unit..(n + 1) * unit),
+                };
+                (index, content)
+            })
+        });
+        pieces.collect()
+    }
+
+    #[test]
+    fn zeroes_in_a_batch_go_without_content_to_any_peer() {
+        let units = batch(&[
+            (3, vec![Kind::Noise, Kind::Zero, Kind::Zero]),
+            (1, vec![Kind::Noise]),
+        ]);
+        let all = frames(units, Codec::Plain, MAX_UNITS, &mut Packer::default()).frames;
+        let forms: Vec<_> = all.iter().map(|f| (f.form, f.units)).collect();
+        assert_eq!(forms, [(Form::Zero, 2), (Form::Plain, 2)]);
+        assert!(all[0].parcel.body.is_empty());
+    }
+
+    #[test]
+    fn noise_goes_plain_whatever_is_chosen_in_frames_of_the_size_there_is_time_for() {
+        let units = batch(&[(0, vec![Kind::Noise; 7])]);
+        let all = frames(units, Codec::Zstd(3), 3, &mut Packer::default()).frames;
+        let forms: Vec<_> = all.iter().map(|f| (f.form, f.units)).collect();
+        assert_eq!(
+            forms,
+            [(Form::Plain, 3), (Form::Plain, 3), (Form::Plain, 1)]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_cannot_unpack_gets_nothing_packed() {
+        let packing = Arc::new(Packing::new(Policy::Level(3)));
+        for (can_unpack, form) in [(false, Form::Plain), (true, Form::Zstd)] {
+            let mut job = PackJob::new(packing.clone(), can_unpack);
+            let units = batch(&[(0, vec![Kind::Text; 64])]);
+            let packed = job.pack(units, MAX_UNITS, 1_000_000).await;
+            assert!(packed.frames.iter().all(|f| f.form == form));
+        }
+    }
+
+    #[tokio::test]
+    async fn long_packing_and_probes_leave_the_content_as_it_was() {
+        let mut job = PackJob::new(Arc::new(Packing::new(Policy::Auto)), true);
+        for round in 0..20 {
+            let units = batch(&[(round, vec![Kind::Text; 64])]);
+            let packed = job.pack(units.clone(), MAX_UNITS, 200_000).await;
+            assert_eq!(packed.frames.len(), 1);
+            assert_eq!(decoded(&packed.frames[0]), units);
+        }
+        assert!(job.packing.chooser().next(0, 200_000).codec != Codec::Plain);
+    }
+
+    fn kinds() -> impl Strategy<Value = Vec<Kind>> {
+        let kind = prop_oneof![Just(Kind::Zero), Just(Kind::Text), Just(Kind::Noise)];
+        prop::collection::vec(kind, 1..8)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn whatever_the_codec_each_unit_goes_once_and_comes_as_it_was(
+            runs in prop::collection::vec((1_u64..5, kinds()), 1..8),
+            level in prop::option::of(-5..4),
+            probe in prop::option::of(-5..2),
+            most in 1_u64..70,
+        ) {
+            let units = batch(&runs);
+            let choice = Choice { codec: level.map_or(Codec::Plain, Codec::Zstd), probe };
+            let all = frames_probed(units.clone(), choice, most, &mut Packer::default());
+            let mut came: Vec<_> = Vec::new();
+            for frame in &all.frames {
+                let units = decoded(frame);
+                prop_assert_eq!(units.units(), frame.units);
+                prop_assert!(frame.form != Form::Plain || frame.units <= most);
+                came.extend(by_unit(&units));
+            }
+            came.sort_by_key(|(index, _)| *index);
+            prop_assert_eq!(came, by_unit(&units));
+        }
+    }
+}
