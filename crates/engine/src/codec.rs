@@ -59,7 +59,7 @@ const HOLD: u64 = 250_000;
 const BETTER: f64 = 0.93;
 
 /// The price of the sender's time besides the time it takes.
-const PRICE: f64 = 0.1;
+const PRICE: f64 = 0.25;
 
 /// Between two probes, in microseconds.
 const PROBE: u64 = 500_000;

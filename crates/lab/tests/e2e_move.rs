@@ -24,6 +24,11 @@ fn a_running_machine_moves_and_verifies() {
         "{report:?}"
     );
     assert!(report.stop_to_resume_ms().is_some_and(|ms| ms > 0.0));
+    // A kernel, programs and text files pack, and on this link that pays.
+    let (sent, codecs) = (report.sent, report.codecs);
+    assert!(codecs.zstd > 0, "{codecs:?}");
+    assert!(sent.demand + sent.push < sent.content * 9 / 10, "{sent:?}");
+    assert_eq!(codecs.plain + codecs.zstd + codecs.zero, report.units_sent);
     assert_eq!(view.permille, 1000);
     for kind in [SpaceKind::Disk, SpaceKind::Ram] {
         assert!(
@@ -47,11 +52,12 @@ fn by_postcopy_alone_nothing_goes_in_vain() {
     }
     let scene = start(&fast());
     let mut guest = scene.guest_on(Host::A);
-    let ended = scene.moves(Host::A, &["--ram", "postcopy"]);
+    let ended = scene.moves(Host::A, &["--ram", "postcopy", "--compress", "none"]);
     let view = ended.last.expect("a last word").view;
     let report = view.report.expect("a report");
     assert_eq!((report.units_outdated, report.units_sent_again), (0, 0));
     assert!(report.units_sent <= report.units_live, "{report:?}");
+    assert_eq!(report.codecs.zstd, 0);
     scene.works(&mut guest);
     scene.verified_on(Host::B, &mut guest);
 }

@@ -45,6 +45,9 @@ pub struct DemoArgs {
     /// Pages of 4 KiB that the guest writes per second, all over its hot set
     #[arg(long, value_name = "N", default_value_t = 2000)]
     ram_pages: u32,
+    /// How content is written: as for `whimbrel migrate`
+    #[arg(long, value_name = "CODEC", default_value = "auto")]
+    compress: String,
     #[command(flatten)]
     link: LinkArgs,
 }
@@ -128,7 +131,8 @@ fn play(args: &DemoArgs, screen: &mut Screen) -> Result<bool, PairError> {
         boot.as_secs_f64()
     ));
 
-    let route = Route::from(Host::A);
+    let mut route = Route::from(Host::A);
+    route.options = vec!["--compress".to_owned(), args.compress.clone()];
     let mut narrator = Narrator::new(screen);
     let journey = travel(&pair, &mut guest, &route, |moment| narrator.hear(moment))?;
 

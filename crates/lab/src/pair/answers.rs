@@ -156,6 +156,17 @@ pub struct SentBytes {
     pub demand: u64,
     pub push: u64,
     pub control: u64,
+    /// What demand and push carried, before it was written for the link.
+    #[serde(default)]
+    pub content: u64,
+}
+
+/// Units sent, by how they were written.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct CodecUnits {
+    pub plain: u64,
+    pub zstd: u64,
+    pub zero: u64,
 }
 
 impl SentBytes {
@@ -209,6 +220,8 @@ pub struct MigrationReport {
     #[serde(default)]
     pub late_copies: u64,
     pub sent: SentBytes,
+    #[serde(default)]
+    pub codecs: CodecUnits,
     pub demands: DemandStats,
     #[serde(default)]
     pub guest_io: GuestIo,
