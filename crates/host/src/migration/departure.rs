@@ -217,10 +217,12 @@ async fn control_out(
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
             }
             _ = period.tick() => {
-                let admitted = life.governor.pace().admitted();
+                // Disks feel content, whatever it was packed to on the link.
+                let content = life.gear.flow.content_sent();
                 let lives = life.pulse.is_alive();
-                let cap = life.gear.easing.period(admitted, Instant::now(), lives);
-                life.governor.cap(cap);
+                let cap = life.gear.easing.period(content, Instant::now(), lives);
+                let left = life.packing.left();
+                life.governor.cap(cap.map(|cap| (cap as f64 * left) as u64));
             }
         }
     }
@@ -314,7 +316,10 @@ impl Pusher {
                     took.handing += turned.elapsed();
                 }
             }
-            life.packing.sent(took, governor.allowed());
+            // While push yields to the guest, what it is held to is not what the link carries.
+            if !governor.is_capped() {
+                life.packing.sent(took, governor.allowed());
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ pub struct Easing {
 struct Inner {
     guard: Guard,
     heard: Latencies,
-    /// What push had been let go of when the period began, and when that was.
+    /// What content had been sent when the period began, and when that was.
     admitted: Option<(u64, Instant)>,
 }
 
@@ -52,8 +52,8 @@ impl Easing {
         self.inner().heard.merge(felt);
     }
 
-    /// A period is over in which the bytes that push was let go of, all told, became `admitted`. Returns what
-    /// push may use from now on, in bytes a second. A link that does not live says nothing about disks.
+    /// A period is over in which the bytes of content that were sent, all told, became `admitted`. Returns what
+    /// push may use from now on, in bytes of content a second. A link that does not live says nothing about disks.
     pub fn period(&self, admitted: u64, now: Instant, link_lives: bool) -> Option<u64> {
         let mut inner = self.inner();
         let heard = std::mem::take(&mut inner.heard);

@@ -196,6 +196,13 @@ impl Flow {
         self.inner().sent[usize::from(space.0)]
     }
 
+    /// Bytes of content handed to the link so far, all spaces together.
+    pub fn content_sent(&self) -> u64 {
+        let inner = self.inner();
+        let units: u64 = inner.sent.iter().map(|sent| sent.units).sum();
+        units * UNIT
+    }
+
     /// The next demanded units, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {

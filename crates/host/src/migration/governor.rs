@@ -303,6 +303,12 @@ impl Governor {
         (inner.rate as u64).min(inner.cap.unwrap_or(u64::MAX))
     }
 
+    /// Whether push is held to less than the link takes.
+    pub fn is_capped(&self) -> bool {
+        let inner = self.inner();
+        inner.cap.is_some_and(|cap| (cap as f64) < inner.rate)
+    }
+
     /// Counts what a push connection carries, until the answer is dropped.
     pub fn watch(&self, gauge: Gauge) -> Watched<'_> {
         let gauge = Arc::new(gauge);

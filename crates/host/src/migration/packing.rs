@@ -84,6 +84,11 @@ impl Packing {
         self.chooser().for_demand(allowed)
     }
 
+    /// How much of content is left on the link, lately; 1 is all of it.
+    pub fn left(&self) -> f64 {
+        self.chooser().left()
+    }
+
     /// A batch has been handed to the kernel.
     pub fn sent(&self, took: Took, allowed: u64) {
         self.chooser().sent(took, allowed);
@@ -110,7 +115,7 @@ impl PackJob {
     /// How much of content is left on the link, lately.
     pub fn left(&self) -> f64 {
         match self.can_unpack {
-            true => self.packing.chooser().left(),
+            true => self.packing.left(),
             false => 1.0,
         }
     }
