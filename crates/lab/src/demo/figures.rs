@@ -223,9 +223,18 @@ impl Figures {
             "sent/unique",
             format!("{:.3}", self.sent_over_unique),
             &format!(
-                "of {} live content; units {:.3}; headers included, uncompressed",
+                "of {} live content; units {:.3}; headers included",
                 mib(self.unique_bytes),
                 self.units_sent_over_live
+            ),
+        );
+        let codecs = self.report.as_ref().map(|r| r.codecs).unwrap_or_default();
+        line(
+            "",
+            mib(self.sent.content),
+            &format!(
+                "of content in these frames: {} units zstd, {} plain, {} zero",
+                codecs.zstd, codecs.plain, codecs.zero
             ),
         );
         line(
