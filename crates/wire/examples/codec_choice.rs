@@ -58,7 +58,7 @@ fn run(pieces: &[&[u8]], link: f64, slowness: f64, policy: Policy) -> Outcome {
             Codec::Zstd(level) => Some(pack(level)),
         };
         let other = choice.probe.map(&mut pack);
-        for packed in used.or(other) {
+        if let Some(packed) = used.or(other) {
             chooser.packed(packed);
         }
         if let (Some(used), Some(other)) = (used, other) {
