@@ -483,7 +483,7 @@ pub struct MigrationView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta: Option<EtaRange>,
     pub demands: DemandStats,
-    /// Bits per second that push is held to for the sake of the guest's own I/O.
+    /// Bits of content per second, before packing, that push is held to for the sake of the guest's own I/O.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub push_held_to: Option<u64>,
     /// Source STOP to destination RUNNING.
