@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use whimbrel_host::api::{Compress, Format, ImageFormat, RamMode};
 use whimbrel_host::state::{ByteSize, LatencyBound, Name, RateLimit};
+use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::key_id::KeyId;
+use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::{PeerAddress, PeerName};
 
 /// Exit codes, shown with the help and in the manual page; [`crate::error::Exit`] is the same in code.
@@ -122,14 +124,119 @@ pub enum HostCommand {
         /// Where it listens, as HOST:PORT; several are tried in order
         #[arg(required = true, value_name = "ADDR")]
         addresses: Vec<PeerAddress>,
+        /// What it may do: send (machines to this host), receive (machines of this host), both with a comma
+        /// between them, or nothing [default: both]
+        #[arg(long, value_name = "RIGHTS", value_parser = rights)]
+        may: Option<Rights>,
     },
-    /// Trust another host no more
-    Untrust {
-        /// What it is called here
-        name: PeerName,
-    },
+    /// Invite another host: prints a token for `whimbrel host join` there, after which both trust each other
+    Invite(Invite),
+    /// Join the host that made an invitation: both trust each other then
+    Join(Join),
     /// List the hosts that this one trusts
     Ls,
+    /// Call a trusted host by another name
+    Rename {
+        /// What it is called here
+        old: PeerName,
+        /// What it is to be called
+        new: PeerName,
+    },
+    /// Change what a trusted host may do, from its next migration on
+    #[command(group = clap::ArgGroup::new("rights").required(true).multiple(true).args(["send", "receive"]))]
+    Allow {
+        /// What it is called here
+        name: PeerName,
+        /// Whether it may send machines to this host
+        #[arg(long, value_enum, value_name = "yes|no")]
+        send: Option<YesNo>,
+        /// Whether it may receive machines from this host
+        #[arg(long, value_enum, value_name = "yes|no")]
+        receive: Option<YesNo>,
+    },
+    /// Trust another host no more; its connections are cut at once
+    #[command(alias = "untrust")]
+    Revoke {
+        /// What it is called here
+        name: PeerName,
+        /// Even if a migration with it is under way, which is cut off
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Invite {
+    /// How long the token is good, such as 15m or 2h; a day at most
+    #[arg(long, value_name = "TIME", default_value = "15m")]
+    pub expires: humantime::Duration,
+    /// What the host that joins is to be called here [default: what it calls itself]
+    #[arg(long = "as", value_name = "NAME")]
+    pub called: Option<PeerName>,
+    /// Where that host reaches this one, as HOST:PORT; may be repeated [default: found out]
+    #[arg(long = "address", value_name = "ADDR")]
+    pub addresses: Vec<PeerAddress>,
+    /// What that host may do here: send, receive, both with a comma between them, or nothing
+    #[arg(long, value_name = "RIGHTS", default_value = "send,receive", value_parser = rights)]
+    pub may: Rights,
+    /// List the invitations instead
+    #[arg(long, conflicts_with_all = ["expires", "called", "addresses", "may", "cancel"])]
+    pub list: bool,
+    /// Take an invitation back instead
+    #[arg(long, value_name = "ID", conflicts_with_all = ["expires", "called", "addresses", "may"])]
+    pub cancel: Option<InvitationId>,
+}
+
+#[derive(Debug, Args)]
+pub struct Join {
+    /// What `whimbrel host invite` printed; `-` reads it from standard input
+    pub token: String,
+    /// What the inviting host is to be called here [default: what it calls itself]
+    #[arg(long = "as", value_name = "NAME")]
+    pub called: Option<PeerName>,
+    /// What this host wants to be called there [default: its name]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<PeerName>,
+    /// Where the inviting host reaches this one, as HOST:PORT; may be repeated [default: found out]
+    #[arg(long = "address", value_name = "ADDR")]
+    pub addresses: Vec<PeerAddress>,
+    /// What the inviting host may do here: send, receive, both with a comma between them, or nothing
+    #[arg(long, value_name = "RIGHTS", default_value = "send,receive", value_parser = rights)]
+    pub may: Rights,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum YesNo {
+    Yes,
+    No,
+}
+
+impl From<YesNo> for bool {
+    fn from(said: YesNo) -> bool {
+        said == YesNo::Yes
+    }
+}
+
+fn rights(text: &str) -> Result<Rights, String> {
+    let mut rights = Rights {
+        send: false,
+        receive: false,
+    };
+    if text == "nothing" {
+        return Ok(rights);
+    }
+    for word in text.split(',') {
+        match word {
+            "send" => rights.send = true,
+            "receive" => rights.receive = true,
+            other => {
+                return Err(format!(
+                    "'{other}' is no right: there are send and receive, or nothing"
+                ));
+            }
+        }
+    }
+    Ok(rights)
 }
 
 #[derive(Debug, Subcommand)]
@@ -445,7 +552,19 @@ mod tests {
             "host show",
             &format!("host trust b {key} 192.0.2.1:7420"),
             &format!("host trust b {key} 192.0.2.1:7420 [2001:db8::1]:7420"),
+            &format!("host trust b {key} 192.0.2.1:7420 --may send"),
+            "host revoke b",
+            "host revoke b --force",
             "host untrust b",
+            "host rename b c",
+            "host allow b --send no",
+            "host allow b --send yes --receive no",
+            "host invite",
+            "host invite --expires 2h --as b --address h:1 --address [::1]:2 --may send",
+            "host invite --list",
+            "host invite --cancel 0123456789abcdef",
+            "host join whi1-x",
+            "host join - --as a --name b --address h:1 --may nothing",
             "host ls",
             "volume create root --size 10GiB",
             "volume create root --size 10GiB --format qcow2 --awaits",
@@ -500,6 +619,12 @@ mod tests {
             ),
             ("host trust b whk1-short b:1", "was it cut"),
             ("host trust b c d", "whk1-"),
+            ("host allow b", "--send"),
+            ("host allow b --send maybe", "yes, no"),
+            ("host invite --may fly", "send and receive, or nothing"),
+            ("host invite --expires soon", "expires"),
+            ("host invite --cancel x", "16 of 0-9 and a-f"),
+            ("host invite --list --as b", "cannot be used with"),
             (
                 &format!("host trust b whk1-{} nowhere", "a".repeat(52)),
                 "port",

@@ -57,6 +57,11 @@ impl Client {
         self.ask(Method::DELETE, path, None::<&()>).await
     }
 
+    /// A deletion that is answered with what was deleted.
+    pub async fn take_back<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
+        self.ask(Method::DELETE, path, None::<&()>).await
+    }
+
     /// Reads a streamed answer: every `progress` line goes to `news`, the last line is the result.
     pub async fn stream<P: DeserializeOwned, D: DeserializeOwned>(
         &self,

@@ -5,9 +5,10 @@ use crate::client::nobody_listens;
 use crate::context::Context;
 use crate::error::CliError;
 use crate::output;
+use crate::peers;
 use crate::show;
-use whimbrel_host::api::{HostView, Listed, PeerView, TrustRequest};
-use whimbrel_host::state::{HostRecord, StateDir, StateError, Timestamp, default_host_name, trust};
+use whimbrel_host::api::{AllowPeer, HostView, TrustRequest};
+use whimbrel_host::state::{HostRecord, StateDir, StateError, Timestamp, default_host_name};
 use whimbrel_peer::identity::Identity;
 use whimbrel_peer::trust::{PeerName, TrustStore};
 
@@ -24,63 +25,36 @@ pub async fn host(context: &Context, command: HostCommand) -> Result<(), CliErro
             context.answer(&view, show::host);
             Ok(())
         }
-        HostCommand::Ls => {
-            let peers = match context.client.get("/v1/peers").await {
-                Err(e) if nobody_listens(&e) => Listed {
-                    items: peers_of(&TrustStore::load(context.state()?.peers_path())?),
-                    damaged: Vec::new(),
-                },
-                other => other?,
-            };
-            context.answer_list(&peers, show::peers);
-            Ok(())
-        }
+        HostCommand::Invite(invite) => peers::invite(context, invite).await,
+        HostCommand::Join(join) => peers::join(context, join).await,
+        HostCommand::Ls => peers::list(context).await,
         HostCommand::Trust {
             name,
             key,
             addresses,
+            may,
         } => {
             let request = TrustRequest {
                 name,
                 key,
                 addresses,
+                may,
             };
-            let view = match context.client.put("/v1/peers", &request).await {
-                Err(e) if nobody_listens(&e) => {
-                    let store = TrustStore::load(context.state()?.peers_path())?;
-                    trust(&store, request.clone())?;
-                    let TrustRequest {
-                        name,
-                        key,
-                        addresses,
-                    } = request;
-                    PeerView {
-                        name,
-                        key,
-                        addresses,
-                        link: None,
-                    }
-                }
-                other => other?,
+            peers::trust_host(context, request).await
+        }
+        HostCommand::Rename { old, new } => peers::rename(context, old, new).await,
+        HostCommand::Allow {
+            name,
+            send,
+            receive,
+        } => {
+            let change = AllowPeer {
+                send: send.map(bool::from),
+                receive: receive.map(bool::from),
             };
-            context.answer(&view, |v| {
-                format!(
-                    "{} is trusted. It must trust this host as well: `whimbrel host trust` there",
-                    v.name
-                )
-            });
-            Ok(())
+            peers::allow(context, name, change).await
         }
-        HostCommand::Untrust { name } => {
-            match context.client.delete(&format!("/v1/peers/{name}")).await {
-                Err(e) if nobody_listens(&e) => {
-                    TrustStore::load(context.state()?.peers_path())?.remove(&name)?;
-                }
-                other => other?,
-            }
-            context.done(&format!("{name} is trusted no more"));
-            Ok(())
-        }
+        HostCommand::Revoke { name, force } => peers::revoke(context, name, force).await,
     }
 }
 
@@ -108,23 +82,13 @@ fn init(context: &Context, name: Option<PeerName>) -> Result<(), CliError> {
     context.answer(&view, show::host);
     if !context.json {
         output::note(&format!(
-            "\nNext: `whimbrel host run` here, and on every host to move machines to or from:\n  whimbrel host trust {} {} ADDRESS:{}",
+            "\nNext: `whimbrel host run` here. Then, to move machines between this host and another, `whimbrel host invite` on one\nand `whimbrel host join TOKEN` on the other. Or, without a token, on each the other's key:\n  whimbrel host trust {} {} ADDRESS:{}",
             view.name,
             view.key,
             context.config.listen.port()
         ));
     }
     Ok(())
-}
-
-fn peers_of(store: &TrustStore) -> Vec<PeerView> {
-    let view = |(name, peer): (PeerName, whimbrel_peer::trust::Peer)| PeerView {
-        name,
-        key: peer.key,
-        addresses: peer.addresses,
-        link: None,
-    };
-    store.list().into_iter().map(view).collect()
 }
 
 fn without_daemon(context: &Context) -> Result<HostView, CliError> {
@@ -136,6 +100,6 @@ fn without_daemon(context: &Context) -> Result<HostView, CliError> {
         version: env!("CARGO_PKG_VERSION").to_string(),
         state_dir: state.root().to_path_buf(),
         daemon: None,
-        peers: peers_of(&TrustStore::load(state.peers_path())?),
+        peers: peers::views_of(&TrustStore::load(state.peers_path())?),
     })
 }

@@ -13,6 +13,7 @@ mod machine;
 mod manual;
 mod migration;
 mod output;
+mod peers;
 mod picture;
 mod progress;
 mod show;

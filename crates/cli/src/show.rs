@@ -3,8 +3,9 @@
 use crate::output::{pairs, table};
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_host::api::{
-    CodecUnits, Compress, DemandStats, GuestIo, HostView, LinkView, MachineStatus, MachineView,
-    MigrationReport, MigrationState, MigrationView, PeerView, SentBytes, VolumeView,
+    CodecUnits, Compress, DemandStats, GuestIo, HostView, InvitationView, InviteView, JoinView,
+    LinkView, MachineStatus, MachineView, MigrationReport, MigrationState, MigrationView, PeerView,
+    SentBytes, VolumeView,
 };
 use whimbrel_host::state::{ByteSize, Rate};
 
@@ -162,12 +163,66 @@ pub fn peers(peers: &[PeerView]) -> String {
             [
                 p.name.to_string(),
                 addresses.join(" "),
+                p.may.to_string(),
                 link,
                 p.key.to_string(),
             ]
         })
         .collect();
-    table(["NAME", "ADDRESS", "LINK", "KEY"], &rows)
+    table(["NAME", "ADDRESS", "MAY", "LINK", "KEY"], &rows)
+}
+
+pub fn invitations(invitations: &[InvitationView]) -> String {
+    let rows: Vec<_> = invitations
+        .iter()
+        .map(|i| {
+            let called = i.called.as_ref().map(|name| name.to_string());
+            let used = i.used_by.as_ref().map(|used| used.name.to_string());
+            [
+                i.id.to_string(),
+                i.state.to_string(),
+                i.expires.to_string(),
+                used.or(called).unwrap_or("-".to_string()),
+                i.may.to_string(),
+            ]
+        })
+        .collect();
+    table(["ID", "STATE", "EXPIRES", "AS", "MAY"], &rows)
+}
+
+/// What goes with a token that was just made.
+pub fn invited(view: &InviteView) -> String {
+    let addresses: Vec<&str> = view.addresses.iter().map(|a| a.as_str()).collect();
+    let mut text = format!(
+        "\nGood for one host, until {}. On that host: `whimbrel host join TOKEN`, with the line above.\n\
+         It will look for this host at {}. Hand the token over as you would a password.",
+        view.invitation.expires,
+        addresses.join(" and ")
+    );
+    if !view.daemon {
+        text.push_str("\nNo daemon runs here: nobody can join before `whimbrel host run`.");
+    }
+    text
+}
+
+pub fn joined(view: &JoinView) -> String {
+    let JoinView { peer, name_there } = view;
+    format!(
+        "{} is trusted and trusts this host, which it calls {name_there}\n{}",
+        peer.name,
+        pairs(&[
+            ("key", peer.key.to_string()),
+            (
+                "address",
+                peer.addresses
+                    .iter()
+                    .map(|a| a.as_str())
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            ),
+            ("it may", peer.may.to_string()),
+        ])
+    )
 }
 
 pub fn volumes(volumes: &[VolumeView]) -> String {

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use whimbrel_engine::switchover::Phase;
-use whimbrel_host::api::fake::{FakeService, sample_migration};
+use whimbrel_host::api::fake::{FakeService, SAMPLE_TOKEN, sample_migration};
 use whimbrel_host::api::{ApiError, ErrorCode, MigrationState, MigrationView, bind, serve};
 
 struct Daemon {
@@ -100,7 +100,7 @@ fn peers_are_trusted_and_untrusted_without_a_daemon() {
     let refused = whimbrel(&state, &format!("host trust b {other} 192.0.2.2:7420"));
     assert_eq!(code(&refused), 1);
     assert!(
-        err(&refused).contains("next:") && err(&refused).contains("untrust b"),
+        err(&refused).contains("next:") && err(&refused).contains("revoke b"),
         "{}",
         err(&refused)
     );
@@ -176,9 +176,17 @@ fn a_bad_configuration_names_file_line_and_key() {
 #[test]
 fn every_question_is_answered_in_words_and_in_json() {
     let d = daemon(FakeService::new());
+    let join = format!("host join {SAMPLE_TOKEN}");
     for (line, word) in [
         ("host show", "process 1"),
         ("host ls", "192.0.2.2:7420"),
+        ("host rename b c", "called c"),
+        ("host allow b --receive no", "may: send"),
+        ("host invite", "whi1-"),
+        ("host invite --list", "0123456789abcdef"),
+        ("host invite --cancel 0123456789abcdef", "taken back"),
+        (join.as_str(), "which it calls a"),
+        ("host revoke b --force", "trusted no more"),
         ("volume ls", "root"),
         ("volume show root", "1.0 GiB"),
         ("volume create new --size 2GiB", "2.0 GiB"),

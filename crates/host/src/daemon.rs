@@ -1,17 +1,22 @@
 //! The daemon: starts, takes up what it finds, serves, and leaves guests running when it goes.
 
+mod bound;
 mod take_up;
 
+pub use bound::Bound;
+
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use whimbrel_engine::switchover::Destination;
 use whimbrel_peer::connection::Connection;
 use whimbrel_peer::error::PeerError;
-use whimbrel_peer::hello::{Class, SessionId};
+use whimbrel_peer::hello::{Class, Hello, SessionId};
 use whimbrel_peer::identity::Identity;
+use whimbrel_peer::invitation::Invitations;
+use whimbrel_peer::key_id::KeyId;
 use whimbrel_peer::listener::{Accepted, ListenSettings, Listener};
 use whimbrel_peer::pace::{Pace, Rate};
 use whimbrel_peer::trust::{PeerName, TrustStore};
@@ -62,7 +67,8 @@ impl Held {
 }
 
 struct Session {
-    peer: PeerName,
+    /// Whose it is: no other key's connection gets in.
+    peer: KeyId,
     door: Door,
 }
 
@@ -79,7 +85,7 @@ pub struct Daemon {
 ///
 /// # Errors
 /// What kept it from starting, in words for the operator; machines are then as they were.
-pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiError> {
+pub async fn run(mut config: Config, stopping: CancellationToken) -> Result<(), ApiError> {
     let state = StateDir::open(&config.state)?;
     let _lock = state.lock()?;
     let name = state.host()?.name;
@@ -89,14 +95,28 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
         ApiError::new(ErrorCode::Io, format!("I/O threads cannot be started: {e}"))
             .machine_state("the daemon did not start; machines are as they were")
     })?;
+    let door: Arc<OnceLock<Weak<Daemon>>> = Arc::default();
+    let keeper = door.clone();
     let mut listener = Listener::bind(
         config.listen,
         identity.clone(),
         trust.clone(),
         crate::peers::speaker(name.as_str()),
-        ListenSettings::default(),
+        ListenSettings {
+            // Who comes before all is taken up waits, and is judged when it is let in.
+            admission: Some(Arc::new(move |_, key, hello| {
+                match keeper.get().and_then(Weak::upgrade) {
+                    Some(daemon) => daemon.may_come(key, hello).map_err(|e| e.to_string()),
+                    None => Ok(()),
+                }
+            })),
+            invitations: Some(Invitations::at(state.invitations_path())),
+            ..ListenSettings::default()
+        },
     )
     .await?;
+    // The port that the kernel chose, if that was its to choose.
+    config.listen = listener.local_addr();
     let socket = api::bind(&config.socket_path()).await?;
     let limit = schedule::limit_now(&config.schedule, config.bandwidth);
     let pace = Pace::new(rate_of(limit));
@@ -118,6 +138,7 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
         sessions: Mutex::default(),
     });
     daemon.take_up().await;
+    let _ = door.set(Arc::downgrade(&daemon));
     tracing::info!(host = %name, listen = %listener.local_addr(), "whimbrel is up");
     let keeping = tokio::spawn(crate::volumes::heat::keep(daemon.host.clone()));
     let pacing = (!daemon.host.config.schedule.is_empty()).then(|| {
@@ -156,6 +177,19 @@ pub async fn run(config: Config, stopping: CancellationToken) -> Result<(), ApiE
     }
     tracing::info!("stopped; guests go on");
     Ok(())
+}
+
+/// Why a trusted peer's connection is not let in. The peer's operator reads the words.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum Unwelcome {
+    #[error("migration {session} is another host's")]
+    Stolen { session: SessionId },
+    #[error(
+        "`{name}`, as this host is called there, may not send machines to it; its operator can change that with `whimbrel host allow {name} --send yes`"
+    )]
+    NotAllowed { name: PeerName },
+    #[error("this host is not trusted there any more")]
+    Stranger,
 }
 
 /// What a limit means to a pace.
@@ -202,6 +236,40 @@ impl Daemon {
         self.sessions.lock().expect("no holder of this lock panics")
     }
 
+    /// Whether a trusted peer's connection is one that it may have; else why not, in words for its operator.
+    fn may_come(&self, key: KeyId, hello: &Hello) -> Result<(), Unwelcome> {
+        let session = hello.session;
+        let known = self.sessions().get(&session).map(|known| known.peer);
+        match known {
+            Some(peer) if peer == key => Ok(()),
+            Some(_) => Err(Unwelcome::Stolen { session }),
+            None if hello.class == Class::Control && session != SessionId::NONE => {
+                self.may_begin(key, session)
+            }
+            // It is dropped: a push connection that was quicker, or slower, than its session.
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a session that no driver is at work for may begin, or begin again, for this key.
+    fn may_begin(&self, key: KeyId, session: SessionId) -> Result<(), Unwelcome> {
+        let folder = self.host.state.migration_folder(&migration_of(session));
+        if !folder.is_dir() {
+            let (name, peer) = self.host.trust.find(&key).ok_or(Unwelcome::Stranger)?;
+            return match peer.may.send {
+                true => Ok(()),
+                false => Err(Unwelcome::NotAllowed { name }),
+            };
+        }
+        // Of a migration away from here this host is the one that dials.
+        let ours = folder.join("machine").exists();
+        let bound = Bound::load(&folder, &self.host.trust);
+        match bound {
+            Ok(bound) if bound.key == key && !ours => Ok(()),
+            _ => Err(Unwelcome::Stolen { session }),
+        }
+    }
+
     /// A trusted peer has connected.
     fn welcome(self: &Arc<Self>, accepted: Accepted) {
         let Accepted {
@@ -209,22 +277,25 @@ impl Daemon {
             hello,
             connection,
         } = accepted;
-        let session = hello.session;
+        let (session, key) = (hello.session, connection.remote().key);
+        // Again, since it may have come before all was taken up, or its peer's rights have changed.
+        if let Err(error) = self.may_come(key, &hello) {
+            tracing::warn!(%peer, %key, %session, %error, "a connection that is not let in");
+            return;
+        }
         let door = self
             .sessions()
             .get(&session)
-            .map(|known| (known.peer == peer).then(|| known.door.clone()));
+            .map(|known| known.door.clone());
         match door {
-            Some(Some(door)) => {
+            Some(door) => {
                 // A full doorstep turns the connection away; the peer dials again.
                 let _ = door.try_send((hello.class, connection));
             }
-            Some(None) => {
-                tracing::warn!(%peer, %session, "a session that belongs to another peer");
-            }
             None if hello.class == Class::Control && session != SessionId::NONE => {
-                if let Err(error) = self.begin_incoming(peer.clone(), session, connection) {
-                    tracing::warn!(%peer, %error, "a migration to here cannot begin");
+                let bound = Bound { name: peer, key };
+                if let Err(error) = self.begin_incoming(bound.clone(), session, connection) {
+                    tracing::warn!(peer = %bound.name, %error, "a migration to here cannot begin");
                 }
             }
             None => tracing::debug!(%peer, %session, "a connection of no session"),
@@ -233,7 +304,7 @@ impl Daemon {
 
     fn begin_incoming(
         self: &Arc<Self>,
-        peer: PeerName,
+        peer: Bound,
         session: SessionId,
         connection: Connection,
     ) -> Result<(), ApiError> {
@@ -247,13 +318,13 @@ impl Daemon {
         let folder = self.host.state.migration_folder(&id);
         if !folder.is_dir() {
             self.host.state.add_migration(&id)?;
-            StateDir::replace_file(&folder.join("peer"), peer.as_str().as_bytes())?;
+            peer.save(&folder)?;
         }
         let journal = MigrationJournal::open(&folder)?;
         let (destination, _) = Destination::recover(journal.records());
         let known = !journal.records().is_empty();
         let unknown: Name = "unknown".parse().expect("a plain word is a name");
-        let view = first_view(id.clone(), unknown, peer.clone(), Direction::Incoming);
+        let view = first_view(id.clone(), unknown, peer.name.clone(), Direction::Incoming);
         let board = Arc::new(Board::new(view));
         let (mut incoming, door) = self.incoming(board.clone(), journal);
         // The doorstep is empty and has room for one.
@@ -288,13 +359,8 @@ impl Daemon {
     }
 
     /// Lets the peer's connections of the session in, for as long as the driver, which begins now, runs.
-    fn let_in(
-        self: &Arc<Self>,
-        session: SessionId,
-        peer: PeerName,
-        door: Door,
-        incoming: Incoming,
-    ) {
+    fn let_in(self: &Arc<Self>, session: SessionId, peer: Bound, door: Door, incoming: Incoming) {
+        let peer = peer.key;
         self.sessions().insert(session, Session { peer, door });
         let daemon = self.clone();
         tokio::spawn(async move {
@@ -304,7 +370,7 @@ impl Daemon {
     }
 
     /// Dials the peer for one session.
-    pub fn dialler(&self, peer: PeerName, session: SessionId) -> Arc<Dialler> {
+    pub fn dialler(&self, peer: Bound, session: SessionId) -> Arc<Dialler> {
         let host = &self.host;
         Arc::new(Dialler::new(
             host.identity.clone(),

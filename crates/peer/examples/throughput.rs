@@ -12,6 +12,7 @@ use whimbrel_peer::dial::{DialSettings, dial};
 use whimbrel_peer::hello::{Class, Hello, SessionId, Speaker, VersionRange};
 use whimbrel_peer::identity::{IDENTITY_FILE, Identity};
 use whimbrel_peer::listener::{ListenSettings, Listener};
+use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::{PEERS_FILE, Peer, PeerName, TrustStore};
 use whimbrel_wire::frame::Kind;
 
@@ -46,6 +47,7 @@ async fn run(
     let peer = Peer {
         key,
         addresses: vec![],
+        may: Rights::ALL,
     };
     trust.add(name.clone(), peer)?;
     let us = Speaker {

@@ -26,8 +26,10 @@ use whimbrel_wire::frame::{self, Decoder, Frame, FrameError, HEADER_LEN, Kind};
 use crate::error::{Direction, PeerError};
 use crate::gauge::Gauge;
 use crate::hello::Speaker;
+use crate::key_id::KeyId;
 use crate::socket::SocketReport;
-use crate::trust::PeerName;
+use crate::ties::Tie;
+use crate::trust::{PeerName, TrustStore};
 
 /// What a read asks for at least. A TLS record brings 16 KiB, so more would seldom be filled.
 const READ: usize = 32 << 10;
@@ -35,8 +37,10 @@ const READ: usize = 32 << 10;
 /// Who is at the other end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remote {
-    /// This host's name for the peer, as its key proved.
+    /// This host's name for the peer when the connection was made.
     pub name: PeerName,
+    /// The key that it proved to have: who it is.
+    pub key: KeyId,
     /// Where it is.
     pub addr: SocketAddr,
     /// What it says of itself.
@@ -93,6 +97,7 @@ pub struct Connection {
     pub(crate) remote: Arc<Remote>,
     pub(crate) agreed: Agreed,
     pub(crate) sockets: SocketReport,
+    pub(crate) tie: Option<Arc<Tie>>,
 }
 
 impl Connection {
@@ -104,6 +109,26 @@ impl Connection {
     /// What both sides agreed on.
     pub fn agreed(&self) -> Agreed {
         self.agreed
+    }
+
+    /// Ties the connection to its peer's being trusted: it is cut when the store trusts the key no more.
+    /// Accepted connections are tied already.
+    ///
+    /// # Errors
+    /// [`PeerError::UnknownKey`] if that is so by now; [`PeerError::Broken`] where the process may open
+    /// no more files.
+    pub fn tied(mut self, trust: &TrustStore) -> Result<Connection, PeerError> {
+        let (addr, presented) = (self.remote.addr, self.remote.key);
+        let tie = trust.tie(presented, self.stream.get_ref().0);
+        let tie = tie.map_err(|source| PeerError::Broken {
+            name: self.remote.name.clone(),
+            addr,
+            direction: Direction::Receiving,
+            source,
+        })?;
+        let tie = tie.ok_or(PeerError::UnknownKey { addr, presented })?;
+        self.tie = Some(Arc::new(tie));
+        Ok(self)
     }
 
     /// How the socket is set up.
@@ -129,6 +154,7 @@ impl Connection {
             begun: 0,
             remote: self.remote.clone(),
             traffic: traffic.clone(),
+            _tie: self.tie.clone(),
         };
         let receiver = FrameReceiver {
             read,
@@ -136,6 +162,7 @@ impl Connection {
             decoder: Decoder::default(),
             remote: self.remote,
             traffic,
+            _tie: self.tie,
         };
         (sender, receiver)
     }
@@ -153,6 +180,7 @@ pub struct FrameSender {
     begun: u64,
     remote: Arc<Remote>,
     traffic: Arc<Traffic>,
+    _tie: Option<Arc<Tie>>,
 }
 
 impl FrameSender {
@@ -245,6 +273,7 @@ pub struct FrameReceiver {
     decoder: Decoder,
     remote: Arc<Remote>,
     traffic: Arc<Traffic>,
+    _tie: Option<Arc<Tie>>,
 }
 
 impl FrameReceiver {

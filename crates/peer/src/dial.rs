@@ -15,7 +15,7 @@ use whimbrel_wire::frame::{self, Decoder, Kind};
 
 use crate::connection::{Agreed, Connection, ReadFault, Remote, read_frame};
 use crate::error::PeerError;
-use crate::hello::{Answer, Hello, HelloFault, Refusal};
+use crate::hello::{Answer, Class, Hello, HelloFault, Refusal};
 use crate::identity::Identity;
 use crate::key_id::KeyId;
 use crate::socket::{self, SocketReport, SocketSettings};
@@ -82,9 +82,9 @@ pub async fn dial(
     settings: &DialSettings,
 ) -> Result<Connection, PeerError> {
     let greeting = hello.to_bytes().map_err(PeerError::OwnGreeting)?;
-    let (tcp, addr, sockets) = connect(address, name, hello, settings).await?;
+    let (tcp, addr, sockets) = connect(address, name, hello.class, settings).await?;
     let verifier = ExpectedKey::new(key);
-    let config = tls::client_config(identity, verifier.clone())?;
+    let config = tls::client_config(identity, verifier.clone(), tls::ALPN)?;
     let shaking = async {
         let error = |e| tls::dial_error(e, name, addr, identity.key_id(), &verifier);
         let connecting = TlsConnector::from(config).connect(tls::unused_server_name(), tcp);
@@ -95,13 +95,14 @@ pub async fn dial(
             Err(ReadFault::Io(e)) => return Err(error(e)),
             Err(fault) => return Err(fault.with(name, addr)),
         };
-        let (remote, agreed) = judge(&answer, hello, name, addr)?;
+        let (remote, agreed) = judge(&answer, hello, name, key, addr)?;
         Ok(Connection {
             stream: stream.into(),
             unread,
             remote: Arc::new(remote),
             agreed,
             sockets,
+            tie: None,
         })
     };
     let after = settings.greet_within;
@@ -110,10 +111,10 @@ pub async fn dial(
         .unwrap_or(Err(PeerError::HandshakeTimedOut { addr, after }))
 }
 
-async fn connect(
+pub(crate) async fn connect(
     address: &PeerAddress,
     name: &PeerName,
-    hello: &Hello,
+    class: Class,
     settings: &DialSettings,
 ) -> Result<(TcpStream, SocketAddr, SocketReport), PeerError> {
     let unresolved = |source| PeerError::Resolve {
@@ -131,7 +132,7 @@ async fn connect(
         .map_err(unresolved)?;
     let mut failed = unresolved(io::ErrorKind::NotFound.into());
     for addr in found.take(MAX_RESOLVED) {
-        match connect_to(addr, hello, settings).await {
+        match connect_to(addr, class, settings).await {
             Ok((tcp, report)) => return Ok((tcp, addr, report)),
             Err(source) => failed = connect_error(source, name, addr, settings.connect_within),
         }
@@ -141,7 +142,7 @@ async fn connect(
 
 async fn connect_to(
     addr: SocketAddr,
-    hello: &Hello,
+    class: Class,
     settings: &DialSettings,
 ) -> io::Result<(TcpStream, SocketReport)> {
     let socket = if addr.is_ipv4() {
@@ -149,7 +150,7 @@ async fn connect_to(
     } else {
         TcpSocket::new_v6()
     }?;
-    let report = socket::set_up(&socket, hello.class, &settings.sockets);
+    let report = socket::set_up(&socket, class, &settings.sockets);
     let connecting = timeout(settings.connect_within, socket.connect(addr));
     let tcp = connecting
         .await
@@ -175,7 +176,7 @@ fn connect_error(
 }
 
 /// Says hello and hears the answer.
-async fn greet(
+pub(crate) async fn greet(
     stream: &mut TlsStream<TcpStream>,
     greeting: &[u8],
     unread: &mut BytesMut,
@@ -204,6 +205,7 @@ fn judge(
     answer: &[u8],
     hello: &Hello,
     name: &PeerName,
+    key: KeyId,
     addr: SocketAddr,
 ) -> Result<(Remote, Agreed), PeerError> {
     let name = name.clone();
@@ -250,6 +252,7 @@ fn judge(
                     };
                     let remote = Remote {
                         name,
+                        key,
                         addr,
                         speaker: welcome.speaker,
                     };

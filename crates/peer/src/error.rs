@@ -8,6 +8,8 @@ use std::time::Duration;
 use whimbrel_wire::frame::FrameError;
 
 use crate::hello::{Class, HelloFault, Refusal, VersionRange};
+use crate::invitation::{InvitationId, TokenFault};
+use crate::join::JoinRefusal;
 use crate::key_id::{KeyId, KeyIdFault};
 use crate::trust::{AddressFault, NameFault, PeerAddress, PeerName};
 
@@ -121,6 +123,51 @@ pub enum PeerError {
     },
     #[error("'{name}' has no address to reach it at")]
     NoAddress { name: PeerName },
+
+    // Invitations.
+    #[error("this is no invitation: {fault}")]
+    Token { fault: TokenFault },
+    #[error("{} is not a list of invitations: {source}", path.display())]
+    InvitationsSyntax {
+        path: PathBuf,
+        source: Box<toml::de::Error>,
+    },
+    #[error("an invitation is good for {least:?} to {most:?}")]
+    InvitationLifetime { least: Duration, most: Duration },
+    #[error("{most} invitations are open, the most at once")]
+    TooManyInvitations { most: usize },
+    #[error("this host has no invitation {id}")]
+    InvitationUnknown { id: InvitationId },
+    #[error("invitation {id} was used: '{name}' has joined by it")]
+    InvitationUsed { id: InvitationId, name: PeerName },
+    #[error("it is not known at which address others reach this host")]
+    NoOwnAddress,
+    #[error("the system gives no random numbers")]
+    NoRandomness,
+    #[error("this invitation is this host's own: it is for another host to join this one")]
+    OwnInvitation,
+    #[error(
+        "the host that invites would be '{name}' here, and another host is called so, with key {key}"
+    )]
+    NameTakenHere { name: PeerName, key: KeyId },
+    #[error(
+        "the host that invites, '{known}' here, is to be called '{asked}': one key has one name"
+    )]
+    KnownByAnotherName { known: PeerName, asked: PeerName },
+    #[error("'{name}' at {addr} takes no invitations: its daemon is of an older version")]
+    NotInviting { name: PeerName, addr: SocketAddr },
+    #[error("'{name}' at {addr} does not let this host join: {refusal}")]
+    JoinRefused {
+        name: PeerName,
+        addr: SocketAddr,
+        refusal: JoinRefusal,
+    },
+    #[error("the host at {addr} with key {presented} was not let join: {refusal}")]
+    JoinRefusedHere {
+        addr: SocketAddr,
+        presented: KeyId,
+        refusal: JoinRefusal,
+    },
 
     // Reaching a peer.
     #[error("cannot find the address of '{name}': {address}: {source}")]

@@ -310,11 +310,11 @@ fn check_text(text: &str, field: TextField) -> Result<(), HelloFault> {
     Ok(())
 }
 
-fn to_json(value: &impl Serialize) -> Vec<u8> {
+pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("structs of numbers and strings have a form in JSON")
 }
 
-fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, HelloFault> {
+pub(crate) fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, HelloFault> {
     if bytes.len() > MAX_HELLO {
         return Err(HelloFault::TooLong { len: bytes.len() });
     }

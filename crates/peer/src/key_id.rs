@@ -49,6 +49,14 @@ impl KeyId {
         Ok(KeyId::of_public_key(&parsed.subject_public_key_info()))
     }
 
+    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    pub(crate) fn from_bytes(bytes: [u8; 32]) -> KeyId {
+        KeyId(bytes)
+    }
+
     /// The first characters, enough to tell apart the hosts of one site in a log line. Never for
     /// deciding on trust.
     pub fn short(&self) -> String {

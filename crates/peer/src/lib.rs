@@ -11,6 +11,9 @@
 //! | [`identity`] | a host's own key and certificate, on disk |
 //! | [`key_id`] | the fingerprint by which a key is named |
 //! | [`trust`] | `peers.toml`: the hosts that are trusted, by name |
+//! | [`rights`] | what a trusted host may do |
+//! | [`invitation`], [`join`] | a one-time token by which two hosts come to trust each other |
+//! | [`ties`] | the connections that stand, cut when their peer is trusted no more |
 //! | [`tls`] | TLS 1.3, mutual, with pinned keys |
 //! | [`hello`] | the greeting: versions, features, class, session; or a refusal in words |
 //! | [`socket`] | socket options and which of them the kernel took |
@@ -30,12 +33,17 @@ pub mod error;
 pub mod gauge;
 pub mod hello;
 pub mod identity;
+pub mod invitation;
+pub mod join;
 pub mod key_id;
 pub mod listener;
+mod owned_file;
 pub mod pace;
+pub mod rights;
 pub mod rtt;
 pub mod socket;
 mod sockopt;
+pub mod ties;
 pub mod tls;
 pub mod trust;
 

@@ -23,7 +23,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use whimbrel_wire::frame::{self, Decoder, Kind};
 
@@ -31,8 +31,11 @@ use crate::connection::{Agreed, Connection, ReadFault, Remote, read_frame};
 use crate::error::PeerError;
 use crate::hello::{Answer, Class, Hello, HelloFault, Refusal, Speaker, VersionRange, Welcome};
 use crate::identity::Identity;
+use crate::invitation::Invitations;
+use crate::join::Desk;
+use crate::key_id::KeyId;
 use crate::socket::{self, SocketSettings};
-use crate::tls::{self, TrustedKeys};
+use crate::tls::{self, ClientKeys};
 use crate::trust::{PeerName, TrustStore};
 
 /// Connections that wait for [`Listener::accept`]. At the bound further ones wait unwelcomed until
@@ -54,7 +57,7 @@ const AFTER_ACCEPT_ERROR: Duration = Duration::from_millis(100);
 
 /// Whether a trusted peer's connection is wanted; the error is the reason, a sentence the peer's
 /// operator reads.
-pub type Admission = Arc<dyn Fn(&PeerName, &Hello) -> Result<(), String> + Send + Sync>;
+pub type Admission = Arc<dyn Fn(&PeerName, KeyId, &Hello) -> Result<(), String> + Send + Sync>;
 
 /// How connections are accepted.
 #[derive(Clone)]
@@ -69,6 +72,8 @@ pub struct ListenSettings {
     pub sockets: SocketSettings,
     /// Asked of every peer before it is welcomed; `None` welcomes every trusted peer.
     pub admission: Option<Admission>,
+    /// What strangers may join by; `None` lets nobody join.
+    pub invitations: Option<Invitations>,
 }
 
 impl Default for ListenSettings {
@@ -79,6 +84,7 @@ impl Default for ListenSettings {
             unfinished_by_address: 64,
             sockets: SocketSettings::default(),
             admission: None,
+            invitations: None,
         }
     }
 }
@@ -91,6 +97,7 @@ impl fmt::Debug for ListenSettings {
             .field("unfinished_by_address", &self.unfinished_by_address)
             .field("sockets", &self.sockets)
             .field("admission", &self.admission.is_some())
+            .field("invitations", &self.invitations)
             .finish()
     }
 }
@@ -289,21 +296,43 @@ impl Door {
     }
 
     async fn shake(&self, tcp: TcpStream, addr: SocketAddr) -> Result<(), PeerError> {
-        let verifier = TrustedKeys::new(self.trust.clone());
-        let config = tls::server_config(&self.identity, verifier.clone())?;
         // Nothing waits behind another packet of the handshake; the rest when the class is known.
         let _ = tcp.set_nodelay(true);
-        let accepting = TlsAcceptor::from(config).accept(tcp).into_fallible();
-        let mut stream = match accepting.await {
+        let ours = self.identity.key_id();
+        let nobody = ClientKeys::any();
+        let mut waiting = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), tcp);
+        let start = match (&mut waiting).await {
+            Ok(start) => start,
+            Err(error) => {
+                if let Some(tcp) = waiting.take_io() {
+                    part(tcp).await;
+                }
+                return Err(tls::accept_error(error, addr, ours, &nobody));
+            }
+        };
+        let offered = start.client_hello().alpn();
+        let wants_to_join = offered.is_some_and(|mut all| all.any(|one| one == tls::JOIN_ALPN));
+        let invitations = self.settings.invitations.as_ref().filter(|_| wants_to_join);
+        let (verifier, alpn) = match invitations {
+            Some(_) => (nobody, tls::JOIN_ALPN),
+            None => (ClientKeys::trusted(self.trust.clone()), tls::ALPN),
+        };
+        let config = tls::server_config(&self.identity, verifier.clone(), alpn)?;
+        let mut stream = match start.into_stream(config).into_fallible().await {
             Ok(stream) => stream,
-            Err((error, mut tcp)) => {
-                let _ = tcp.shutdown().await;
-                hear_out(&mut tcp).await;
-                let ours = self.identity.key_id();
+            Err((error, tcp)) => {
+                part(tcp).await;
                 return Err(tls::accept_error(error, addr, ours, &verifier));
             }
         };
-        let name = verifier.who(addr)?;
+        let key = verifier.key(addr)?;
+        if let Some(invitations) = invitations {
+            return self.let_join(stream, key, addr, invitations).await;
+        }
+        // It was trusted a moment ago.
+        let presented = key;
+        let name = self.trust.name_of(&key);
+        let name = name.ok_or(PeerError::UnknownKey { addr, presented })?;
 
         let mut unread = BytesMut::new();
         let said = read_frame(&mut stream, &mut Decoder::default(), &mut unread).await;
@@ -312,7 +341,7 @@ impl Door {
             fault => fault.with(&name, addr),
         })?;
         let said = if said.kind == Kind::Hello {
-            self.consider(&name, &said.payload)
+            self.consider(&name, key, &said.payload)
         } else {
             Err(Rejection::Greeting(HelloFault::NotAGreeting))
         };
@@ -335,31 +364,64 @@ impl Door {
             version: agreed.version,
             speaker: self.us.clone(),
         });
-        say(&mut stream, &welcome)
-            .await
-            .map_err(|source| PeerError::HandshakeBroken { addr, source })?;
+        let broken = |source| PeerError::HandshakeBroken { addr, source };
+        say(&mut stream, &welcome).await.map_err(broken)?;
         let sockets = socket::set_up(stream.get_ref().0, hello.class, &self.settings.sockets);
         let remote = Remote {
             name: name.clone(),
+            key,
             addr,
             speaker: hello.speaker.clone(),
+        };
+        let connection = Connection {
+            stream: stream.into(),
+            unread,
+            remote: Arc::new(remote),
+            agreed,
+            sockets,
+            tie: None,
         };
         place.send(Accepted {
             peer: name,
             hello,
-            connection: Connection {
-                stream: stream.into(),
-                unread,
-                remote: Arc::new(remote),
-                agreed,
-                sockets,
-            },
+            connection: connection.tied(&self.trust)?,
         });
         Ok(())
     }
 
+    /// A stranger with an invitation, perhaps: one question, one answer, and never more.
+    async fn let_join(
+        &self,
+        mut stream: TlsStream<TcpStream>,
+        key: KeyId,
+        addr: SocketAddr,
+        invitations: &Invitations,
+    ) -> Result<(), PeerError> {
+        let desk = Desk {
+            us: &self.us,
+            key: self.identity.key_id(),
+            trust: &self.trust,
+            invitations,
+        };
+        let (answer, decided) = desk.hear(&mut stream, key, addr).await?;
+        if let Ok(peer) = &decided {
+            tracing::info!(%peer, %key, %addr, "a host has joined by an invitation and is trusted");
+        }
+        // Words that do not arrive change nothing here.
+        if say_bytes(&mut stream, &answer).await.is_ok() {
+            let _ = stream.shutdown().await;
+            hear_out(&mut stream).await;
+        }
+        decided.map(|_| ())
+    }
+
     /// Whether a known peer's greeting is answered with a welcome.
-    fn consider(&self, name: &PeerName, said: &[u8]) -> Result<(Hello, Agreed), Rejection> {
+    fn consider(
+        &self,
+        name: &PeerName,
+        key: KeyId,
+        said: &[u8],
+    ) -> Result<(Hello, Agreed), Rejection> {
         let theirs = Hello::versions_of(said).map_err(Rejection::Greeting)?;
         let version = self
             .us
@@ -368,7 +430,7 @@ impl Door {
             .ok_or(Rejection::Versions(theirs))?;
         let hello = Hello::from_bytes(said).map_err(Rejection::Greeting)?;
         if let Some(admission) = &self.settings.admission {
-            admission(name, &hello)
+            admission(name, key, &hello)
                 .map_err(|why| Rejection::Peer(hello.class, Refusal::Unwanted(why)))?;
         }
         let features = self.us.features & hello.speaker.features;
@@ -427,10 +489,20 @@ enum Rejection {
 
 async fn say(stream: &mut (impl AsyncWrite + Unpin), answer: &Answer) -> io::Result<()> {
     let bytes = answer.to_bytes().map_err(io::Error::other)?;
+    say_bytes(stream, &bytes).await
+}
+
+async fn say_bytes(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
     let mut out = BytesMut::new();
-    frame::encode(Kind::Hello, 0, &bytes, &mut out).map_err(io::Error::other)?;
+    frame::encode(Kind::Hello, 0, bytes, &mut out).map_err(io::Error::other)?;
     stream.write_all(&out).await?;
     stream.flush().await
+}
+
+/// Hangs up on a client whose handshake failed, after what TLS had to say about it.
+async fn part(mut tcp: TcpStream) {
+    let _ = tcp.shutdown().await;
+    hear_out(&mut tcp).await;
 }
 
 /// Throws away what a refused client still sends, until it hangs up or has had its time.

@@ -34,6 +34,9 @@ use crate::trust::{PeerName, TrustStore};
 /// The version of what is spoken is agreed in the greeting.
 pub const ALPN: &[u8] = b"whimbrel";
 
+/// The application protocol of a host that comes with an invitation and is not trusted yet.
+pub const JOIN_ALPN: &[u8] = b"whimbrel-join";
+
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
     PROVIDER
@@ -105,34 +108,43 @@ impl ServerCertVerifier for ExpectedKey {
     }
 }
 
-/// Accepts the keys of the trusted hosts from a client.
+/// Accepts the keys of the trusted hosts from a client, or any key where the client comes to join. Either
+/// way the client must prove that it has it.
 #[derive(Debug)]
-pub(crate) struct TrustedKeys {
-    trust: TrustStore,
+pub(crate) struct ClientKeys {
+    /// `None` accepts any.
+    trust: Option<TrustStore>,
     presented: OnceLock<KeyId>,
 }
 
-impl TrustedKeys {
-    pub(crate) fn new(trust: TrustStore) -> Arc<TrustedKeys> {
-        Arc::new(TrustedKeys {
-            trust,
+impl ClientKeys {
+    pub(crate) fn trusted(trust: TrustStore) -> Arc<ClientKeys> {
+        Arc::new(ClientKeys {
+            trust: Some(trust),
             presented: OnceLock::new(),
         })
     }
 
-    /// Who the client is, once the handshake is done; the key if it is nobody's by now.
-    pub(crate) fn who(&self, addr: SocketAddr) -> Result<PeerName, PeerError> {
-        let presented = *self
-            .presented
-            .get()
-            .ok_or(PeerError::NoKeyPresented { addr })?;
-        self.trust
-            .name_of(&presented)
-            .ok_or(PeerError::UnknownKey { addr, presented })
+    pub(crate) fn any() -> Arc<ClientKeys> {
+        Arc::new(ClientKeys {
+            trust: None,
+            presented: OnceLock::new(),
+        })
+    }
+
+    /// The key the client has, once the handshake is done.
+    pub(crate) fn key(&self, addr: SocketAddr) -> Result<KeyId, PeerError> {
+        let presented = self.presented.get();
+        presented.copied().ok_or(PeerError::NoKeyPresented { addr })
+    }
+
+    fn accepts(&self, key: &KeyId) -> bool {
+        let trust = self.trust.as_ref();
+        trust.is_none_or(|trust| trust.name_of(key).is_some())
     }
 }
 
-impl ClientCertVerifier for TrustedKeys {
+impl ClientCertVerifier for ClientKeys {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -145,7 +157,7 @@ impl ClientCertVerifier for TrustedKeys {
     ) -> Result<ClientCertVerified, rustls::Error> {
         let key = KeyId::of_certificate(end_entity)?;
         let _ = self.presented.set(key);
-        if self.trust.name_of(&key).is_none() {
+        if !self.accepts(&key) {
             return Err(CertificateError::ApplicationVerificationFailure.into());
         }
         Ok(ClientCertVerified::assertion())
@@ -181,6 +193,7 @@ impl ClientCertVerifier for TrustedKeys {
 pub(crate) fn client_config(
     identity: &Identity,
     verifier: Arc<ExpectedKey>,
+    alpn: &[u8],
 ) -> Result<Arc<ClientConfig>, PeerError> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -188,7 +201,7 @@ pub(crate) fn client_config(
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified())));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
@@ -197,14 +210,15 @@ pub(crate) fn client_config(
 /// The configuration of one accepted connection: the verifier remembers what it saw.
 pub(crate) fn server_config(
     identity: &Identity,
-    verifier: Arc<TrustedKeys>,
+    verifier: Arc<ClientKeys>,
+    alpn: &[u8],
 ) -> Result<Arc<ServerConfig>, PeerError> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(PeerError::TlsSetup)?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified())));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
@@ -236,6 +250,9 @@ pub(crate) fn dial_error(
         Ok(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)) => {
             PeerError::KeyNotSeen { name, addr }
         }
+        Ok(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => {
+            PeerError::NotInviting { name, addr }
+        }
         Ok(error) => common_error(error, addr),
         Err(source) => PeerError::HandshakeBroken { addr, source },
     }
@@ -246,7 +263,7 @@ pub(crate) fn accept_error(
     error: io::Error,
     addr: SocketAddr,
     ours: KeyId,
-    verifier: &TrustedKeys,
+    verifier: &ClientKeys,
 ) -> PeerError {
     match tls_error(error) {
         Ok(rustls::Error::NoCertificatesPresented) => PeerError::NoKeyPresented { addr },

@@ -4,30 +4,32 @@
 //! [rotterdam]
 //! key = "whk1-…"
 //! addresses = ["192.0.2.7:7420", "[2001:db8::7]:7420"]
+//! may = ["send"]                 # left out: all, see `rights`
 //! ```
 //!
-//! A name is this host's own word for a peer and is never taken from the peer. One key has one name.
+//! A name is this host's own word for a peer. One key has one name.
 //! The file is rewritten whole by every change (comments are not kept), under a lock, from what the
 //! file says at that moment, so the daemon and a command may both change it. The daemon goes by the
 //! copy in memory, which [`TrustStore::reload`] brings up to date.
 //!
-//! Trap: removing a peer stops it from connecting; connections it has already are for the owner of
-//! the store to close.
+//! A peer that is removed is cut off at once: the connections it has are shut down ([`ties`](crate::ties)),
+//! also when it was removed in the file by somebody else and the store is told so by a reload.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 
-use crate::durable;
-use crate::error::{FileStep, PeerError};
+use crate::error::PeerError;
 use crate::key_id::KeyId;
+use crate::owned_file;
+use crate::rights::Rights;
+use crate::ties::{Tie, Ties};
 
 /// The file's usual name in the state folder.
 pub const PEERS_FILE: &str = "peers.toml";
@@ -217,6 +219,9 @@ pub struct Peer {
     /// Where it listens, best first. None where the peer always comes to this host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<PeerAddress>,
+    /// What it may do.
+    #[serde(default, skip_serializing_if = "Rights::are_all")]
+    pub may: Rights,
 }
 
 type Peers = BTreeMap<PeerName, Peer>;
@@ -226,6 +231,9 @@ type Peers = BTreeMap<PeerName, Peer>;
 pub struct TrustStore {
     path: Arc<Path>,
     peers: Arc<RwLock<Peers>>,
+    /// Held from reading the file to publishing what it says: an older text never replaces a newer one.
+    publishing: Arc<Mutex<()>>,
+    ties: Ties,
 }
 
 impl TrustStore {
@@ -236,11 +244,17 @@ impl TrustStore {
         Ok(TrustStore {
             path,
             peers: Arc::new(RwLock::new(peers)),
+            publishing: Arc::default(),
+            ties: Ties::default(),
         })
     }
 
     /// Takes in what others have changed in the file. On an error the store stays as it was.
     pub fn reload(&self) -> Result<(), PeerError> {
+        let _publishing = self
+            .publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let peers = read(&self.path)?;
         self.publish(peers);
         Ok(())
@@ -273,7 +287,33 @@ impl TrustStore {
         })
     }
 
-    /// Trusts a host no more; returns what was known of it.
+    /// Changes what a trusted host may do.
+    pub fn set_rights(&self, name: &PeerName, may: Rights) -> Result<(), PeerError> {
+        self.change(|peers| {
+            let peer = peers.get_mut(name).ok_or_else(|| unknown(name))?;
+            peer.may = may;
+            Ok(())
+        })
+    }
+
+    /// Trusts the host with this key under this name, or, if it is known by it already, gives it these
+    /// addresses and rights. A host that is known by another name keeps that; the name is the result.
+    pub fn admit(&self, name: PeerName, peer: Peer) -> Result<PeerName, PeerError> {
+        self.change(|peers| {
+            let known = peers.iter_mut().find(|(_, known)| known.key == peer.key);
+            if let Some((name, known)) = known {
+                *known = peer;
+                return Ok(name.clone());
+            }
+            if let Some(old) = peers.get(&name) {
+                return Err(PeerError::PeerExists { key: old.key, name });
+            }
+            peers.insert(name.clone(), peer);
+            Ok(name)
+        })
+    }
+
+    /// Trusts a host no more, cuts the connections it has, and returns what was known of it.
     pub fn remove(&self, name: &PeerName) -> Result<Peer, PeerError> {
         self.change(|peers| peers.remove(name).ok_or_else(|| unknown(name)))
     }
@@ -317,6 +357,20 @@ impl TrustStore {
         })
     }
 
+    /// What is known of the host with this key, and its name, if it is trusted.
+    pub fn find(&self, key: &KeyId) -> Option<(PeerName, Peer)> {
+        self.with(|peers| {
+            let (name, peer) = peers.iter().find(|(_, peer)| peer.key == *key)?;
+            Some((name.clone(), peer.clone()))
+        })
+    }
+
+    /// Ties a connection to its peer's being trusted; `None` if it is not, by now.
+    pub(crate) fn tie(&self, key: KeyId, socket: impl AsFd) -> io::Result<Option<Tie>> {
+        let is_trusted = || self.name_of(&key).is_some();
+        self.ties.tie(key, socket, is_trusted)
+    }
+
     // The map is only ever replaced whole, so a poisoned lock still guards a whole map.
     fn with<T>(&self, f: impl FnOnce(&Peers) -> T) -> T {
         f(&self.peers.read().unwrap_or_else(PoisonError::into_inner))
@@ -324,13 +378,18 @@ impl TrustStore {
 
     fn publish(&self, peers: Peers) {
         *self.peers.write().unwrap_or_else(PoisonError::into_inner) = peers;
+        self.ties.cut(|key| self.name_of(key).is_some());
     }
 
     fn change<T>(
         &self,
         f: impl FnOnce(&mut Peers) -> Result<T, PeerError>,
     ) -> Result<T, PeerError> {
-        let _lock = lock(&self.path)?;
+        let _publishing = self
+            .publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let _lock = owned_file::lock(&self.path)?;
         let mut peers = read(&self.path)?;
         let result = f(&mut peers)?;
         check(&peers)?;
@@ -371,24 +430,9 @@ fn check(peers: &Peers) -> Result<(), PeerError> {
 }
 
 fn read(path: &Path) -> Result<Peers, PeerError> {
-    let read_error = |source| PeerError::File {
-        step: FileStep::Read,
-        path: path.to_owned(),
-        source,
+    let Some(text) = owned_file::read(path)? else {
+        return Ok(Peers::new());
     };
-    let mut file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Peers::new()),
-        opened => opened.map_err(read_error)?,
-    };
-    let mode = file.metadata().map_err(read_error)?.mode() & 0o7777;
-    if mode & 0o022 != 0 {
-        return Err(PeerError::PeersExposed {
-            path: path.to_owned(),
-            mode,
-        });
-    }
-    let mut text = String::new();
-    file.read_to_string(&mut text).map_err(read_error)?;
     let peers = toml::from_str(&text).map_err(|source| PeerError::PeersSyntax {
         path: path.to_owned(),
         source: Box::new(source),
@@ -400,34 +444,7 @@ fn read(path: &Path) -> Result<Peers, PeerError> {
 fn write(path: &Path, peers: &Peers) -> Result<(), PeerError> {
     let text = toml::to_string(peers)
         .expect("a map of names to a fingerprint and strings has a form in TOML");
-    durable::replace(path, (HEADING.to_owned() + &text).as_bytes(), 0o644).map_err(|source| {
-        PeerError::File {
-            step: FileStep::Write,
-            path: path.to_owned(),
-            source,
-        }
-    })
-}
-
-/// Keeps other processes, and other stores on the same file, from changing it until dropped. The
-/// lock is on a file of its own, since the file itself is replaced by each change.
-fn lock(path: &Path) -> Result<File, PeerError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let lock_path = PathBuf::from(name);
-    let lock_error = |source| PeerError::File {
-        step: FileStep::Lock,
-        path: lock_path.clone(),
-        source,
-    };
-    let file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .open(&lock_path)
-        .map_err(lock_error)?;
-    file.lock().map_err(lock_error)?;
-    Ok(file)
+    owned_file::write(path, &(HEADING.to_owned() + &text), 0o644)
 }
 
 #[cfg(test)]
@@ -443,6 +460,7 @@ mod tests {
         Peer {
             key: KeyId::of_public_key(&[n]),
             addresses: vec!["192.0.2.1:7420".parse().unwrap()],
+            may: Rights::ALL,
         }
     }
 
@@ -461,11 +479,49 @@ mod tests {
         store.remove(&name("oslo")).unwrap();
         store.add(name("bern"), peer(3)).unwrap();
         store.set_addresses(&name("bern"), vec![]).unwrap();
+        let may = Rights {
+            send: true,
+            receive: false,
+        };
+        store.set_rights(&name("bern"), may).unwrap();
         let again = TrustStore::load(folder.path().join(PEERS_FILE)).unwrap();
         assert_eq!(again.list(), store.list());
         assert_eq!(again.get(&name("porto")).unwrap(), peer(1));
         assert_eq!(again.name_of(&peer(3).key), Some(name("bern")));
         assert_eq!(again.name_of(&peer(2).key), None);
+        assert_eq!(again.get(&name("bern")).unwrap().may, may);
+    }
+
+    #[test]
+    fn an_entry_from_before_there_were_rights_has_them_all() {
+        let (folder, store) = store();
+        let key = peer(1).key;
+        let text = format!(
+            "[a]\nkey = \"{key}\"\n[b]\nkey = \"{}\"\nmay = []\n",
+            peer(2).key
+        );
+        std::fs::write(folder.path().join(PEERS_FILE), text).unwrap();
+        store.reload().unwrap();
+        assert_eq!(store.get(&name("a")).unwrap().may, Rights::ALL);
+        assert_eq!(store.get(&name("b")).unwrap().may.to_string(), "nothing");
+    }
+
+    #[test]
+    fn a_host_that_is_admitted_keeps_the_name_it_has() {
+        let (_folder, store) = store();
+        assert_eq!(
+            store.admit(name("lisbon"), peer(1)).unwrap(),
+            name("lisbon")
+        );
+        let mut moved = peer(1);
+        moved.addresses = vec![];
+        assert_eq!(
+            store.admit(name("porto"), moved.clone()).unwrap(),
+            name("lisbon")
+        );
+        assert_eq!(store.find(&moved.key), Some((name("lisbon"), moved)));
+        let taken = store.admit(name("lisbon"), peer(2)).unwrap_err();
+        assert!(matches!(taken, PeerError::PeerExists { .. }), "{taken}");
     }
 
     #[test]

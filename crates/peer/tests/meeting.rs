@@ -1,6 +1,8 @@
 //! How two hosts meet, and every way in which they do not.
 
 mod common;
+#[path = "meeting/joining.rs"]
+mod joining;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use whimbrel_peer::dial::{DialSettings, dial, dial_peer};
 use whimbrel_peer::hello::{Class, HelloFault, Refusal, VersionRange};
 use whimbrel_peer::identity::{IDENTITY_FILE, Identity};
 use whimbrel_peer::listener::ListenSettings;
+use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::Peer;
 use whimbrel_wire::frame::{Kind, encode};
 
@@ -75,14 +78,41 @@ async fn a_server_with_another_key_than_expected_is_refused_and_both_keys_are_na
 }
 
 #[tokio::test]
-async fn a_peer_that_was_removed_cannot_come_back() {
+async fn a_peer_that_was_removed_is_cut_off_and_cannot_come_back() {
     let (oslo, bern) = two_hosts();
-    let (_one, _two, mut listener) = common::connected(&oslo, &bern).await;
+    let (one, two, mut listener) = common::connected(&oslo, &bern).await;
+    let (_sends, mut one) = one.split();
+    let (mut sends, mut two) = two.connection.split();
     bern.trust.remove(&oslo.name).unwrap();
+    for end in [&mut one, &mut two] {
+        let cut = end.recv().await.unwrap_err();
+        assert!(matches!(cut, PeerError::Closed { .. }), "{cut}");
+    }
+    let cut = sends.send(Kind::Ping, b"", bytes::Bytes::new()).await;
+    assert!(cut.is_err(), "{cut:?}");
     let addr = listener.local_addr();
     let (dialled, accepted) = tokio::join!(oslo.dials(addr, &bern), listener.accept());
     assert!(matches!(dialled, Err(PeerError::NotTrusted { .. })));
     assert!(matches!(accepted, Err(PeerError::UnknownKey { .. })));
+}
+
+#[tokio::test]
+async fn a_dialled_connection_is_cut_too_and_none_is_tied_to_a_stranger() {
+    let (oslo, bern) = two_hosts();
+    let (dialled, _accepted, listener) = common::connected(&oslo, &bern).await;
+    let (_sends, mut receives) = dialled.tied(&oslo.trust).unwrap().split();
+    // As a command beside the daemon would do it: in the file.
+    let file = whimbrel_peer::trust::TrustStore::load(oslo.folder.path().join("peers.toml"));
+    file.unwrap().remove(&bern.name).unwrap();
+    oslo.trust.reload().unwrap();
+    let cut = receives.recv().await.unwrap_err();
+    assert!(matches!(cut, PeerError::Closed { .. }), "{cut}");
+    let dialled = oslo.dials(listener.local_addr(), &bern).await.unwrap();
+    let stranger = dialled.tied(&oslo.trust).unwrap_err();
+    assert!(
+        matches!(stranger, PeerError::UnknownKey { .. }),
+        "{stranger}"
+    );
 }
 
 #[tokio::test]
@@ -184,7 +214,7 @@ async fn the_version_before_is_still_spoken() {
 async fn a_connection_that_is_not_wanted_is_refused_in_words() {
     let (oslo, bern) = two_hosts();
     let settings = ListenSettings {
-        admission: Some(Arc::new(|_, hello| match hello.class {
+        admission: Some(Arc::new(|_, _, hello| match hello.class {
             Class::Control => Ok(()),
             Class::Push(_) => Err(format!("session {} is not known here", hello.session)),
         })),
@@ -259,6 +289,7 @@ async fn a_peer_is_found_at_the_address_that_works() {
     let mut peer = Peer {
         key: bern.identity.key_id(),
         addresses: vec![dead.into(), listener.local_addr().into()],
+        may: Rights::ALL,
     };
     let (hello, settings) = (hello(), DialSettings::default());
     let (dialled, accepted) = tokio::join!(

@@ -18,6 +18,8 @@ pub enum ErrorCode {
     Unsupported,
     PeerUnreachable,
     PeerRefused,
+    /// The peer has not the right to it.
+    NotAllowed,
     Qemu,
     Io,
     StorageFull,
@@ -38,6 +40,7 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         match self {
             ErrorCode::Invalid => 400,
+            ErrorCode::NotAllowed => 403,
             ErrorCode::NotFound => 404,
             ErrorCode::Exists
             | ErrorCode::Busy

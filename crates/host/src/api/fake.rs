@@ -14,6 +14,8 @@ use std::sync::Mutex;
 use tokio::sync::watch;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
+use whimbrel_peer::invitation::{InvitationId, InvitationState};
+use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::PeerName;
 
 /// See the module.
@@ -162,7 +164,23 @@ fn sample_peer() -> PeerView {
         name: called("b"),
         key: called(&format!("whk1-{}", "a".repeat(52))),
         addresses: vec![called("192.0.2.2:7420")],
+        may: Rights::ALL,
         link: None,
+    }
+}
+
+/// An invitation of host `oslo` at 192.0.2.1:7420; nobody has it.
+pub const SAMPLE_TOKEN: &str = "whi1-aeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqcaibaeaqci2fm6e2xtppaaaaaaaaaaaaaaaaaaaaaaaaaacg643mn4aqjqaaaiarz7atuzbqm";
+
+fn sample_invitation() -> InvitationView {
+    InvitationView {
+        id: called("0123456789abcdef"),
+        state: InvitationState::Open,
+        expires: Timestamp::from_unix(4_000_000_000),
+        called: None,
+        may: Rights::ALL,
+        wrong: 0,
+        used_by: None,
     }
 }
 
@@ -257,18 +275,76 @@ impl Service for FakeService {
             name,
             key,
             addresses,
+            may,
         } = request;
         Ok(PeerView {
             name,
             key,
             addresses,
+            may: may.unwrap_or_default(),
             link: None,
         })
     }
 
-    async fn untrust(&self, name: PeerName) -> Result<(), ApiError> {
-        self.note(format!("untrust {name}"));
+    async fn revoke(&self, name: PeerName, force: bool) -> Result<(), ApiError> {
+        self.note(format!("revoke {name} force={force}"));
         self.known(name.as_str(), "b", ())
+    }
+
+    async fn rename_peer(&self, name: PeerName, new: PeerName) -> Result<PeerView, ApiError> {
+        self.note(format!("rename {name} {new}"));
+        let renamed = PeerView {
+            name: new,
+            ..sample_peer()
+        };
+        self.known(name.as_str(), "b", renamed)
+    }
+
+    async fn allow_peer(&self, name: PeerName, change: AllowPeer) -> Result<PeerView, ApiError> {
+        let may = change.over(Rights::ALL);
+        self.note(format!("allow {name} {may}"));
+        let changed = PeerView {
+            may,
+            ..sample_peer()
+        };
+        self.known(name.as_str(), "b", changed)
+    }
+
+    async fn invitations(&self) -> Result<Listed<InvitationView>, ApiError> {
+        Ok(Listed {
+            items: vec![sample_invitation()],
+            damaged: Vec::new(),
+        })
+    }
+
+    async fn invite(&self, request: InviteRequest) -> Result<InviteView, ApiError> {
+        self.note(format!("invite {} s", request.expires_s));
+        Ok(InviteView {
+            token: called(SAMPLE_TOKEN),
+            name: called("a"),
+            key: sample_peer().key,
+            addresses: sample_peer().addresses,
+            invitation: sample_invitation(),
+            daemon: true,
+        })
+    }
+
+    async fn cancel_invitation(&self, id: InvitationId) -> Result<InvitationView, ApiError> {
+        self.note(format!("cancel invitation {id}"));
+        let cancelled = InvitationView {
+            state: InvitationState::Cancelled,
+            ..sample_invitation()
+        };
+        let known = sample_invitation().id.to_string();
+        self.known(&id.to_string(), &known, cancelled)
+    }
+
+    async fn join_host(&self, request: JoinHost) -> Result<JoinView, ApiError> {
+        self.note(format!("join {}", request.token.name));
+        Ok(JoinView {
+            peer: sample_peer(),
+            name_there: called("a"),
+        })
     }
 
     async fn volumes(&self) -> Result<Listed<VolumeView>, ApiError> {

@@ -4,6 +4,7 @@
 pub mod error;
 #[cfg(any(test, feature = "fake-service"))]
 pub mod fake;
+pub mod joining;
 pub mod router;
 pub mod server;
 pub mod service;

@@ -3,7 +3,10 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/host` | `HostView` |
-//! | `GET /v1/peers` · `PUT /v1/peers` (`TrustRequest`) · `DELETE /v1/peers/NAME` | `Listed<PeerView>`, `PeerView`, nothing |
+//! | `GET /v1/peers` · `PUT /v1/peers` (`TrustRequest`) · `DELETE /v1/peers/NAME[?force=true]` | `Listed<PeerView>`, `PeerView`, nothing |
+//! | `POST /v1/peers/NAME/rename` (`RenamePeer`) · `allow` (`AllowPeer`) | `PeerView` |
+//! | `GET`, `POST /v1/invitations` (`InviteRequest`) · `DELETE /v1/invitations/ID` | `Listed<InvitationView>`, `InviteView`, `InvitationView` |
+//! | `POST /v1/joins` (`JoinHost`) | `JoinView` |
 //! | `GET`, `POST /v1/volumes` (`CreateVolume`) · `GET`, `DELETE /v1/volumes/NAME` | `Listed<VolumeView>`, `VolumeView` |
 //! | `POST /v1/volumes/NAME/export` (`ExportVolume`) · `clone` (`CloneVolume`) | stream of `ImportLine` |
 //! | `POST /v1/volumes/NAME/resize` (`ResizeVolume`) · `check` (`CheckVolume`) | `VolumeView`, `CheckView` |
@@ -37,6 +40,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::trust::PeerName;
 
 /// Largest request body, bytes; a longer one is refused.
@@ -64,7 +68,12 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
     Router::new()
         .route("/v1/host", get(host::<S>))
         .route("/v1/peers", get(peers::<S>).put(trust::<S>))
-        .route("/v1/peers/{name}", delete(untrust::<S>))
+        .route("/v1/peers/{name}", delete(revoke::<S>))
+        .route("/v1/peers/{name}/rename", post(rename_peer::<S>))
+        .route("/v1/peers/{name}/allow", post(allow_peer::<S>))
+        .route("/v1/invitations", get(invitations::<S>).post(invite::<S>))
+        .route("/v1/invitations/{id}", delete(cancel_invitation::<S>))
+        .route("/v1/joins", post(join_host::<S>))
         .route("/v1/volumes", get(volumes::<S>).post(create_volume::<S>))
         .route(
             "/v1/volumes/{name}",
@@ -183,8 +192,60 @@ async fn trust<S: Service>(State(s): Of<S>, Said(request): Said<TrustRequest>) -
     s.service.trust(request).await.map(json)
 }
 
-async fn untrust<S: Service>(State(s): Of<S>, Called(name): Called<PeerName>) -> Answer<()> {
-    s.service.untrust(name).await.map(json)
+async fn revoke<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<PeerName>,
+    axum::extract::RawQuery(query): axum::extract::RawQuery,
+) -> Answer<()> {
+    let force = match query.as_deref() {
+        None | Some("" | "force=false") => false,
+        Some("force=true") => true,
+        Some(other) => {
+            let what = format!("`{other}` is not understood: only force=true or force=false is");
+            return Err(
+                ApiError::new(ErrorCode::Invalid, what).machine_state("nothing was changed")
+            );
+        }
+    };
+    s.service.revoke(name, force).await.map(json)
+}
+
+async fn rename_peer<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<PeerName>,
+    Said(request): Said<RenamePeer>,
+) -> Answer<PeerView> {
+    s.service.rename_peer(name, request.name).await.map(json)
+}
+
+async fn allow_peer<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<PeerName>,
+    Said(change): Said<AllowPeer>,
+) -> Answer<PeerView> {
+    s.service.allow_peer(name, change).await.map(json)
+}
+
+async fn invitations<S: Service>(State(s): Of<S>) -> Answer<Listed<InvitationView>> {
+    s.service.invitations().await.map(json)
+}
+
+async fn invite<S: Service>(
+    State(s): Of<S>,
+    Said(request): Said<InviteRequest>,
+) -> Answer<InviteView> {
+    s.service.invite(request).await.map(json)
+}
+
+async fn cancel_invitation<S: Service>(
+    State(s): Of<S>,
+    Called(id): Called<InvitationId>,
+) -> Answer<InvitationView> {
+    s.service.cancel_invitation(id).await.map(json)
+}
+
+async fn join_host<S: Service>(State(s): Of<S>, Said(request): Said<JoinHost>) -> Answer<JoinView> {
+    s.service.join_host(request).await.map(json)
 }
 
 async fn volumes<S: Service>(State(s): Of<S>) -> Answer<Listed<VolumeView>> {

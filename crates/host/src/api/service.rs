@@ -4,6 +4,7 @@ use super::error::ApiError;
 use super::types::*;
 use crate::state::{MachineSpec, MigrationId, Name, RateLimit};
 use tokio::sync::watch;
+use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::trust::PeerName;
 
 /// An operation's future. A client that goes away drops it, except where the method says otherwise.
@@ -20,7 +21,19 @@ pub trait Service: Send + Sync + 'static {
     /// Trusts a peer from the next connection on. The same key under the same name gets the new addresses;
     /// another key under a known name is refused.
     fn trust(&self, request: TrustRequest) -> answer!(PeerView);
-    fn untrust(&self, name: PeerName) -> answer!(());
+    /// Trusts a peer no more and cuts the connections it has. Refused while a migration with it is under
+    /// way, unless forced.
+    fn revoke(&self, name: PeerName, force: bool) -> answer!(());
+    /// Calls a peer by another name from now on, migrations under way included.
+    fn rename_peer(&self, name: PeerName, new: PeerName) -> answer!(PeerView);
+    /// Changes what a peer may do from its next migration on.
+    fn allow_peer(&self, name: PeerName, change: AllowPeer) -> answer!(PeerView);
+
+    fn invitations(&self) -> answer!(Listed<InvitationView>);
+    fn invite(&self, request: InviteRequest) -> answer!(InviteView);
+    fn cancel_invitation(&self, id: InvitationId) -> answer!(InvitationView);
+    /// Joins the host that made an invitation: both trust each other then.
+    fn join_host(&self, request: JoinHost) -> answer!(JoinView);
 
     fn volumes(&self) -> answer!(Listed<VolumeView>);
     fn volume(&self, name: Name) -> answer!(VolumeView);

@@ -1,7 +1,7 @@
 //! The API over a real unix socket, against a daemon made of memory. Requests are written by hand: the
 //! tests see what any HTTP client sees.
 
-use super::fake::{FakeService, sample_migration};
+use super::fake::{FakeService, SAMPLE_TOKEN, sample_migration};
 use super::*;
 use serde_json::Value;
 use std::io;
@@ -85,12 +85,20 @@ async fn every_operation_reaches_its_method() {
     let d = daemon().await;
     let key = format!("whk1-{}", "a".repeat(52));
     let trust = format!("{{\"name\":\"c\",\"key\":\"{key}\",\"addresses\":[\"c:1\"]}}");
+    let join = format!("{{\"token\":\"{SAMPLE_TOKEN}\"}}");
     let spec = "{\"name\":\"web2\",\"memory\":\"64MiB\"}";
     for (method, path, body) in [
         ("GET", "/v1/host", ""),
         ("GET", "/v1/peers", ""),
         ("PUT", "/v1/peers", trust.as_str()),
         ("DELETE", "/v1/peers/b", ""),
+        ("DELETE", "/v1/peers/b?force=true", ""),
+        ("POST", "/v1/peers/b/rename", "{\"name\":\"c\"}"),
+        ("POST", "/v1/peers/b/allow", "{\"send\":false}"),
+        ("GET", "/v1/invitations", ""),
+        ("POST", "/v1/invitations", ""),
+        ("DELETE", "/v1/invitations/0123456789abcdef", ""),
+        ("POST", "/v1/joins", join.as_str()),
         ("GET", "/v1/volumes", ""),
         ("POST", "/v1/volumes", "{\"name\":\"v\",\"size\":\"1GiB\"}"),
         ("GET", "/v1/volumes/root", ""),
@@ -130,7 +138,13 @@ async fn every_operation_reaches_its_method() {
         d.service.calls(),
         [
             "trust c",
-            "untrust b",
+            "revoke b force=false",
+            "revoke b force=true",
+            "rename b c",
+            "allow b receive",
+            "invite 900 s",
+            "cancel invitation 0123456789abcdef",
+            "join oslo",
             "create v 1GiB",
             "remove root",
             "define web2",

@@ -4,6 +4,7 @@
 //! the field's name says. Requests with an unknown key are refused; answers may grow keys.
 
 use super::error::ApiError;
+pub use super::joining::*;
 use crate::state::{
     Accel, ByteSize, LatencyBound, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit,
     Timestamp, VolumeUuid,
@@ -14,7 +15,8 @@ pub use whimbrel_engine::codec::Policy as Compress;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::key_id::KeyId;
-use whimbrel_peer::trust::{PeerAddress, PeerName};
+use whimbrel_peer::rights::Rights;
+use whimbrel_peer::trust::{Peer, PeerAddress, PeerName};
 pub use whimbrel_volume::backend::Format;
 
 /// All things of a kind, and what is wrong with those that cannot be shown.
@@ -62,9 +64,24 @@ pub struct PeerView {
     pub key: KeyId,
     /// Where it listens, best first.
     pub addresses: Vec<PeerAddress>,
+    /// What it may do.
+    #[serde(default)]
+    pub may: Rights,
     /// Absent when nobody knows: no daemon runs, or it has no reason to be connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub link: Option<LinkView>,
+}
+
+impl PeerView {
+    pub fn of(name: PeerName, peer: Peer) -> PeerView {
+        PeerView {
+            name,
+            key: peer.key,
+            addresses: peer.addresses,
+            may: peer.may,
+            link: None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,6 +90,9 @@ pub struct TrustRequest {
     pub name: PeerName,
     pub key: KeyId,
     pub addresses: Vec<PeerAddress>,
+    /// What it may do. Left out: all if it is new, else what it may already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub may: Option<Rights>,
 }
 
 /// How this host and a peer are connected.

@@ -1,7 +1,7 @@
 //! Taking up what an earlier daemon left: migrations that were under way, then machines that run.
 //!
-//! A migration's folder says all there is to know: `journal` who owns the machine, `machine` and `peer`
-//! who they are, `layout.json` what RAM looks like, `landing.json` (destination) what was made for it, and
+//! A migration's folder says all there is to know: `journal` who owns the machine, `machine`, `peer` and
+//! `peer-key` who they are, `layout.json` what RAM looks like, `landing.json` (destination) what was made for it, and
 //! `over` that nothing is left to do. What was granted is gone on with, on either side, whichever of the two
 //! daemons died; what was not is undone.
 //!
@@ -14,10 +14,9 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use whimbrel_engine::switchover::{Action, Destination, Epoch, Phase, Record, Source};
 use whimbrel_peer::hello::SessionId;
-use whimbrel_peer::trust::PeerName;
 use whimbrel_qemu::source::take_back;
 
-use super::{Daemon, Held, rate_of};
+use super::{Bound, Daemon, Held, rate_of};
 use crate::api::types::Direction;
 use crate::api::{ApiError, ErrorCode};
 use crate::disk::Mode;
@@ -195,10 +194,10 @@ impl Daemon {
         destination: Destination,
         plan: Plan,
     ) -> Result<(), ApiError> {
-        let peer = named::<PeerName>(folder, "peer")?;
+        let peer = Bound::load(folder, &self.host.trust)?;
         let session = session_of(id)?;
         let name = plan.spec.name.clone();
-        let view = first_view(id.clone(), name, peer.clone(), Direction::Incoming);
+        let view = first_view(id.clone(), name, peer.name.clone(), Direction::Incoming);
         let board = Arc::new(Board::new(view));
         let (mut incoming, door) = self.incoming(board.clone(), journal);
         incoming.take_up(destination, plan).await;
@@ -249,18 +248,14 @@ impl Daemon {
         let name = named::<Name>(folder, "machine")?;
         let spec = self.host.state.machine(&name)?;
         let runtime = self.host.state.runtime(&name)?;
-        let view = first_view(
-            id.clone(),
-            name,
-            named::<PeerName>(folder, "peer")?,
-            Direction::Outgoing,
-        );
+        let peer = Bound::load(folder, &self.host.trust)?;
+        let view = first_view(id.clone(), name, peer.name.clone(), Direction::Outgoing);
         let (flow, pace) = (Arc::<Flow>::default(), self.host.pace.clone());
         // Nothing is pushed.
         let easing = Arc::new(Easing::new(LatencyBound(None)));
         let (ram_changes, changes) = watch::channel(false);
         let gear = Gear {
-            dialler: self.dialler(view.peer.clone(), session_of(id)?),
+            dialler: self.dialler(peer, session_of(id)?),
             flow: flow.clone(),
             pace: pace.clone(),
             pushes: 0,
@@ -302,7 +297,7 @@ impl Daemon {
         journal: &MigrationJournal,
     ) -> Result<(), ApiError> {
         let name = named::<Name>(folder, "machine")?;
-        let to = named::<PeerName>(folder, "peer")?;
+        let to = Bound::load(folder, &self.host.trust)?.name;
         let mut runtime = self.host.state.runtime(&name)?;
         if runtime.ownership == Ownership::Local && runtime.epoch <= granted_from(journal) {
             runtime.ownership = Ownership::Departed {
@@ -324,7 +319,7 @@ impl Daemon {
         source: Source,
     ) -> Result<(), ApiError> {
         let name = named::<Name>(folder, "machine")?;
-        let peer = named::<PeerName>(folder, "peer")?;
+        let peer = Bound::load(folder, &self.host.trust)?;
         let session = session_of(id)?;
         let spec = self.host.state.machine(&name)?;
         let mut runtime = self.host.state.runtime(&name)?;
@@ -361,7 +356,8 @@ impl Daemon {
         let machine = self.machines.insert(standing);
         machine.watch_end(&self.host).await;
         machine.lock().await.migration = Some(id.clone());
-        let mut view = first_view(id.clone(), name.clone(), peer.clone(), Direction::Outgoing);
+        let to = peer.name.clone();
+        let mut view = first_view(id.clone(), name.clone(), to, Direction::Outgoing);
         view.bandwidth = read_bandwidth(folder);
         let easing = Arc::new(Easing::new(read_latency(folder)));
         let compress = read_compress(folder);
@@ -448,7 +444,7 @@ fn session_of(id: &MigrationId) -> Result<SessionId, ApiError> {
 }
 
 /// What a file of the migration's folder names.
-fn named<T>(folder: &Path, file: &str) -> Result<T, ApiError>
+pub(super) fn named<T>(folder: &Path, file: &str) -> Result<T, ApiError>
 where
     T: std::str::FromStr<Err: std::fmt::Display>,
 {

@@ -2,6 +2,7 @@
 
 pub(crate) mod errors;
 mod paused;
+pub mod peers;
 mod views;
 
 use std::path::Path;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use whimbrel_engine::switchover::Phase;
 use whimbrel_peer::hello::{Class, SessionId};
+use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::trust::PeerName;
 use whimbrel_wire::message::RamMode as WireRam;
 
@@ -29,7 +31,7 @@ use errors::*;
 pub use views::first_view;
 
 use crate::state::{
-    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir, trust,
+    MachineRuntime, MachineSpec, MigrationId, Name, Ownership, RateLimit, StateDir,
 };
 
 /// How long a guest gets to shut down.
@@ -110,44 +112,40 @@ impl Service for Daemon {
     }
 
     async fn peers(&self) -> Result<Listed<PeerView>, ApiError> {
-        self.host.trust.reload()?;
-        let boards: Vec<MigrationView> = self
-            .migrations()
-            .values()
-            .map(|held| held.board.view())
-            .collect();
-        let items = self.host.trust.list().into_iter().map(|(name, peer)| {
-            let busy = boards
-                .iter()
-                .find(|view| view.peer == name && !view.state.is_settled());
-            PeerView {
-                key: peer.key,
-                addresses: peer.addresses,
-                link: busy.map(|view| view.link.clone()),
-                name,
-            }
-        });
-        Ok(Listed {
-            items: items.collect(),
-            damaged: Vec::new(),
-        })
+        self.trusted_peers()
     }
 
     async fn trust(&self, request: TrustRequest) -> Result<PeerView, ApiError> {
-        let name = request.name.clone();
-        trust(&self.host.trust, request)?;
-        let peer = self.host.trust.get(&name)?;
-        Ok(PeerView {
-            name,
-            key: peer.key,
-            addresses: peer.addresses,
-            link: None,
-        })
+        self.trust_peer(request)
     }
 
-    async fn untrust(&self, name: PeerName) -> Result<(), ApiError> {
-        self.host.trust.remove(&name)?;
-        Ok(())
+    async fn revoke(&self, name: PeerName, force: bool) -> Result<(), ApiError> {
+        self.revoke_peer(name, force).await
+    }
+
+    async fn rename_peer(&self, name: PeerName, new: PeerName) -> Result<PeerView, ApiError> {
+        self.give_name(name, new)
+    }
+
+    async fn allow_peer(&self, name: PeerName, change: AllowPeer) -> Result<PeerView, ApiError> {
+        self.change_rights(name, change)
+    }
+
+    async fn invitations(&self) -> Result<Listed<InvitationView>, ApiError> {
+        crate::peers::invitations(&self.host.state)
+    }
+
+    async fn invite(&self, request: InviteRequest) -> Result<InviteView, ApiError> {
+        crate::peers::invite(&self.host.state, self.host.config.listen, request, true)
+    }
+
+    async fn cancel_invitation(&self, id: InvitationId) -> Result<InvitationView, ApiError> {
+        crate::peers::cancel_invitation(&self.host.state, id)
+    }
+
+    async fn join_host(&self, request: JoinHost) -> Result<JoinView, ApiError> {
+        let host = &self.host;
+        crate::peers::join_host(&host.state, &host.trust, host.config.listen, request).await
     }
 
     async fn volumes(&self) -> Result<Listed<VolumeView>, ApiError> {
@@ -465,17 +463,19 @@ impl Service for Daemon {
             )
             .next_step("start it first"));
         };
+        let safe = "the machine runs here as before; nothing was begun";
+        let to = self
+            .destination(&request.to)
+            .map_err(|error| error.machine_state(safe))?;
         let session = fresh_id()?;
-        let dialler = self.dialler(request.to.clone(), session);
+        let dialler = self.dialler(to.clone(), session);
         // The first failure to reach the peer is the caller's to hear, with nothing begun.
-        let first = dialler.dial(Class::Control).await.map_err(|error| {
-            ApiError::from(error)
-                .machine_state("the machine runs here as before; nothing was begun")
-        })?;
+        let first = dialler.dial(Class::Control).await;
+        let first = first.map_err(|error| ApiError::from(error).machine_state(safe))?;
         let id = migration_of(session);
         let folder = self.host.state.add_migration(&id)?;
         StateDir::replace_file(&folder.join("machine"), request.machine.as_str().as_bytes())?;
-        StateDir::replace_file(&folder.join("peer"), request.to.as_str().as_bytes())?;
+        to.save(&folder)?;
         save_bandwidth(&folder, request.bandwidth)?;
         let bound = request.guest_latency;
         let bound = bound.unwrap_or(self.host.config.guest_latency);

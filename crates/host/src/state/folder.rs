@@ -134,6 +134,11 @@ impl StateDir {
         self.root.join(whimbrel_peer::trust::PEERS_FILE)
     }
 
+    /// The invitations, for [`whimbrel_peer::invitation::Invitations`].
+    pub fn invitations_path(&self) -> PathBuf {
+        self.root.join(whimbrel_peer::invitation::INVITATIONS_FILE)
+    }
+
     /// Where the API's socket is unless the configuration says otherwise.
     pub fn socket_path(&self) -> PathBuf {
         self.root.join("api.sock")

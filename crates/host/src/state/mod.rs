@@ -7,6 +7,7 @@
 //!   host.toml                     the host's name
 //!   host-key.pem                  the host's identity
 //!   peers.toml                    which other hosts' keys are trusted
+//!   invitations.toml              by which others may come to be trusted
 //!   volumes/<name>/volume.toml    and `data` beside it
 //!   machines/<name>/machine.toml  what the machine is
 //!   machines/<name>/runtime.toml  its epoch, owner and process

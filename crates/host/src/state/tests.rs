@@ -354,13 +354,20 @@ fn another_key_under_a_known_name_is_refused() {
     let store = TrustStore::load(state.peers_path()).unwrap();
     let request = |key: &str, address: &str| TrustRequest {
         name: "b".parse().unwrap(),
-        key: format!("whk1-{}", key.repeat(52)).parse().unwrap(),
+        key: format!(
+            "whk1-{
+        may: None,
+    }",
+            key.repeat(52)
+        )
+        .parse()
+        .unwrap(),
         addresses: vec![address.parse().unwrap()],
     };
     trust(&store, request("a", "b:1")).unwrap();
     trust(&store, request("a", "b:2")).unwrap();
     let error = trust(&store, request("q", "b:3")).unwrap_err();
-    assert!(error.next_step.unwrap().contains("untrust b"));
+    assert!(error.next_step.unwrap().contains("revoke b"));
     let peer = store.get(&"b".parse().unwrap()).unwrap();
     assert_eq!(peer.addresses[0].as_str(), "b:2");
 }

@@ -13,6 +13,13 @@ impl Timestamp {
         Timestamp::from(SystemTime::now())
     }
 
+    /// So many seconds since 1970.
+    pub fn from_unix(seconds: u64) -> Timestamp {
+        // What no calendar of RFC 3339 holds is as good as its end.
+        let seconds = seconds.min(253_402_300_799);
+        Timestamp(UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
     /// Time since this moment; zero if it lies in the future.
     pub fn age(self) -> Duration {
         SystemTime::now().duration_since(self.0).unwrap_or_default()

@@ -18,6 +18,7 @@ use whimbrel_peer::dial::{DialSettings, dial};
 use whimbrel_peer::hello::{Class, Hello, SessionId, Speaker, VersionRange};
 use whimbrel_peer::identity::{IDENTITY_FILE, Identity};
 use whimbrel_peer::listener::{Accepted, ListenSettings, Listener};
+use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::{PEERS_FILE, Peer, PeerName, TrustStore};
 
 pub struct Host {
@@ -66,6 +67,7 @@ impl Host {
         let peer = Peer {
             key: other.identity.key_id(),
             addresses: vec![],
+            may: Rights::ALL,
         };
         self.trust.add(other.name.clone(), peer).unwrap();
     }

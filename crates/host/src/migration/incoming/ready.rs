@@ -7,6 +7,7 @@ use std::sync::Arc;
 use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::switchover::DestinationEvent;
+use whimbrel_peer::rights::Right;
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink, postcopy_possible};
 use whimbrel_qemu::stream::{RamBlock, StreamLayout};
 use whimbrel_wire::message::{Layout, Message, RamMode};
@@ -20,6 +21,7 @@ use crate::migration::landing::Plan;
 use crate::migration::peeks::DiskPeek;
 use crate::migration::record::save_layout;
 use crate::migration::spaces;
+use crate::service::peers::not_allowed;
 
 /// Most RAM blocks a machine may have.
 const MAX_BLOCKS: usize = 4096;
@@ -39,6 +41,11 @@ impl Incoming {
     async fn try_make_ready(&mut self) -> Result<(), String> {
         let offer = self.offer.clone().ok_or("nothing was offered")?;
         let host = self.setup.host.clone();
+        // Asked when it connected; the operator may have changed it since.
+        let peer = self.setup.board.view().peer;
+        if !host.trust.get(&peer).is_ok_and(|known| known.may.send) {
+            return Err(not_allowed(&peer, Right::Send).to_string());
+        }
         let probe = crate::machine::probe(&host.config)
             .await
             .map_err(|e| e.to_string())?;
