@@ -1,5 +1,12 @@
 //! The command as a process of its own, with a daemon made of memory or with none.
 
+#[path = "command/authority.rs"]
+mod authority;
+#[path = "command/hosts.rs"]
+mod hosts;
+#[path = "command/joining.rs"]
+mod joining;
+
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output};

@@ -354,15 +354,9 @@ fn another_key_under_a_known_name_is_refused() {
     let store = TrustStore::load(state.peers_path()).unwrap();
     let request = |key: &str, address: &str| TrustRequest {
         name: "b".parse().unwrap(),
-        key: format!(
-            "whk1-{
-        may: None,
-    }",
-            key.repeat(52)
-        )
-        .parse()
-        .unwrap(),
+        key: format!("whk1-{}", key.repeat(52)).parse().unwrap(),
         addresses: vec![address.parse().unwrap()],
+        may: None,
     };
     trust(&store, request("a", "b:1")).unwrap();
     trust(&store, request("a", "b:2")).unwrap();
