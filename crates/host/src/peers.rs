@@ -81,8 +81,9 @@ impl Dialler {
         let (name, peer) =
             self.trust
                 .find(&self.peer.key)
-                .ok_or_else(|| PeerError::PeerUnknown {
+                .ok_or_else(|| PeerError::TrustWithdrawn {
                     name: self.peer.name.clone(),
+                    key: self.peer.key,
                 })?;
         let hello = Hello {
             speaker: speaker(&self.host),

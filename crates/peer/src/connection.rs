@@ -25,7 +25,7 @@ use whimbrel_wire::frame::{self, Decoder, Frame, FrameError, HEADER_LEN, Kind};
 
 use crate::error::{Direction, PeerError};
 use crate::gauge::Gauge;
-use crate::hello::Speaker;
+use crate::hello::{HelloFault, Speaker};
 use crate::key_id::KeyId;
 use crate::socket::SocketReport;
 use crate::ties::Tie;
@@ -319,6 +319,10 @@ pub(crate) enum ReadFault {
     Frame(FrameError),
     Closed,
     Torn,
+    /// It has more bytes than were allowed here; they were not read.
+    TooLong {
+        len: usize,
+    },
     Io(io::Error),
 }
 
@@ -329,6 +333,11 @@ impl ReadFault {
             ReadFault::Frame(source) => PeerError::BadFrame { name, addr, source },
             ReadFault::Closed => PeerError::Closed { name, addr },
             ReadFault::Torn => PeerError::Torn { name, addr },
+            ReadFault::TooLong { len } => PeerError::Greeting {
+                name,
+                addr,
+                fault: HelloFault::TooLong { len },
+            },
             ReadFault::Io(source) => PeerError::Broken {
                 name,
                 addr,
@@ -345,11 +354,26 @@ pub(crate) async fn read_frame(
     decoder: &mut Decoder,
     unread: &mut BytesMut,
 ) -> Result<Frame, ReadFault> {
+    read_frame_of(usize::MAX, read, decoder, unread).await
+}
+
+/// As [`read_frame`]; no memory is taken for a frame whose payload is longer than `most`.
+pub(crate) async fn read_frame_of(
+    most: usize,
+    read: &mut (impl AsyncRead + Unpin),
+    decoder: &mut Decoder,
+    unread: &mut BytesMut,
+) -> Result<Frame, ReadFault> {
     loop {
         if let Some(frame) = decoder.decode(unread).map_err(ReadFault::Frame)? {
             return Ok(frame);
         }
         let wants = decoder.wants(unread);
+        // A header is never longer than what is read at once.
+        let len = unread.len().saturating_add(wants);
+        if len > most.max(HEADER_LEN) {
+            return Err(ReadFault::TooLong { len });
+        }
         if unread.capacity() - unread.len() < wants {
             unread.reserve(wants.max(READ));
         }

@@ -169,6 +169,9 @@ pub enum PeerError {
         refusal: JoinRefusal,
     },
 
+    #[error("'{name}', the host with key {key}, is trusted here no more")]
+    TrustWithdrawn { name: PeerName, key: KeyId },
+
     // Reaching a peer.
     #[error("cannot find the address of '{name}': {address}: {source}")]
     Resolve {

@@ -29,10 +29,10 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsConnector, server};
 use whimbrel_wire::frame::{Decoder, Kind};
 
-use crate::connection::{ReadFault, read_frame};
+use crate::connection::{ReadFault, read_frame_of};
 use crate::dial::{self, DialSettings};
 use crate::error::PeerError;
-use crate::hello::{self, Class, HelloFault, Speaker, VersionRange};
+use crate::hello::{self, Class, HelloFault, MAX_HELLO, Speaker, VersionRange};
 use crate::identity::Identity;
 use crate::invitation::{
     Claim, EXPORT_LABEL, Invitation, InvitationId, Invitations, Joining, MAX_TOKEN_ADDRESSES,
@@ -365,19 +365,21 @@ impl Desk<'_> {
         joining: KeyId,
         addr: SocketAddr,
     ) -> Result<(Vec<u8>, Result<PeerName, PeerError>), PeerError> {
-        let said = read_frame(stream, &mut Decoder::default(), &mut BytesMut::new()).await;
-        let said = said.map_err(|fault| {
-            let source = match fault {
-                ReadFault::Io(source) => source,
-                _ => std::io::ErrorKind::InvalidData.into(),
-            };
-            PeerError::HandshakeBroken { addr, source }
-        })?;
-        let decided = if said.kind == Kind::Hello {
-            let exported = exported(stream.get_ref().1, addr)?;
-            self.decide(&said.payload, joining, exported).await
-        } else {
-            Err(JoinRefusal::Greeting(HelloFault::NotAGreeting.to_string()))
+        let (mut decoder, mut unread) = (Decoder::default(), BytesMut::new());
+        let said = read_frame_of(MAX_HELLO, stream, &mut decoder, &mut unread).await;
+        let words = |fault: HelloFault| Err(JoinRefusal::Greeting(fault.to_string()));
+        let decided = match said {
+            Ok(said) if said.kind == Kind::Hello => {
+                let exported = exported(stream.get_ref().1, addr)?;
+                self.decide(&said.payload, joining, exported).await
+            }
+            Ok(_) => words(HelloFault::NotAGreeting),
+            Err(ReadFault::TooLong { len }) => words(HelloFault::TooLong { len }),
+            Err(ReadFault::Io(source)) => return Err(PeerError::HandshakeBroken { addr, source }),
+            Err(ReadFault::Closed | ReadFault::Torn | ReadFault::Frame(_)) => {
+                let source = std::io::ErrorKind::InvalidData.into();
+                return Err(PeerError::HandshakeBroken { addr, source });
+            }
         };
         Ok(match decided {
             Ok(name) => {

@@ -144,6 +144,10 @@ impl From<&PeerError> for ApiError {
                 ErrorCode::WrongState,
                 &format!("to trust that host no more, run `whimbrel host revoke {name}`"),
             ),
+            PeerError::TrustWithdrawn { .. } => told(
+                ErrorCode::PeerRefused,
+                "trust that key again (`whimbrel host join` or `trust`) for what goes on with it",
+            ),
             PeerError::NotInviting { .. } => told(
                 ErrorCode::PeerRefused,
                 "update it, or tell each host the other's key with `whimbrel host trust`",

@@ -132,6 +132,15 @@ pub async fn stranger(
     key: Option<&Path>,
     versions: &[&'static rustls::SupportedProtocolVersion],
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    stranger_who_offers(b"whimbrel", addr, key, versions).await
+}
+
+pub async fn stranger_who_offers(
+    alpn: &[u8],
+    addr: SocketAddr,
+    key: Option<&Path>,
+    versions: &[&'static rustls::SupportedProtocolVersion],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(versions)
@@ -147,7 +156,7 @@ pub async fn stranger(
             )
             .unwrap(),
     };
-    config.alpn_protocols = vec![b"whimbrel".to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     let tcp = TcpStream::connect(addr).await?;
     let server = ServerName::try_from("anybody.invalid").unwrap();
     TlsConnector::from(Arc::new(config))

@@ -11,8 +11,10 @@ use whimbrel_peer::invitation::{
 use whimbrel_peer::join::{JoinRefusal, JoinRequest, Joined, join};
 use whimbrel_peer::listener::{ListenSettings, Listener};
 use whimbrel_peer::rights::Rights;
+use whimbrel_peer::tls::JOIN_ALPN;
+use whimbrel_wire::frame::{Kind, encode};
 
-use crate::common::{Host, name, speaker, stranger, two_hosts};
+use crate::common::{Host, hello, name, speaker, stranger, stranger_who_offers, two_hosts};
 
 fn invitations(host: &Host) -> Invitations {
     Invitations::at(host.folder.path().join(INVITATIONS_FILE))
@@ -288,4 +290,38 @@ async fn an_open_invitation_lets_nobody_in_who_does_not_join() {
     let keyless = stranger(addr, None, &[&rustls::version::TLS13]).await;
     let told = keyless.unwrap().read_u8().await.unwrap_err();
     assert!(told.to_string().contains("CertificateRequired"), "{told}");
+}
+
+/// What comes by the door for strangers is one question, whatever it says, and whoever says it.
+#[tokio::test]
+async fn a_connection_that_is_for_joining_becomes_no_session() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (oslo, bern) = two_hosts();
+    let mut listener = inviting(&oslo).await;
+    let key = bern.folder.path().join("host-key.pem");
+    let said = hello().to_bytes().unwrap();
+    for said in [
+        said.as_slice(),
+        b"{}",
+        b"\xff\xff",
+        &[b' '; 20_000],
+        &[b'['; 1_000_000],
+    ] {
+        let tls = &[&rustls::version::TLS13];
+        let mut stream = stranger_who_offers(JOIN_ALPN, listener.local_addr(), Some(&key), tls)
+            .await
+            .unwrap();
+        let mut frame = bytes::BytesMut::new();
+        encode(Kind::Hello, 0, said, &mut frame).unwrap();
+        // Of one that is far too long the beginning is enough to be refused.
+        frame.truncate(50_000);
+        stream.write_all(&frame).await.unwrap();
+        let mut heard = Vec::new();
+        stream.read_to_end(&mut heard).await.unwrap();
+        let heard = String::from_utf8_lossy(&heard);
+        assert!(heard.contains(r#"{"refused":{"greeting":"#), "{heard}");
+        stream.shutdown().await.unwrap();
+        let told = listener.accept().await.unwrap_err();
+        assert!(matches!(told, PeerError::JoinRefusedHere { .. }), "{told}");
+    }
 }
