@@ -476,5 +476,10 @@ fn let_in(
         addresses: ask.addresses,
         may,
     };
-    Ok(Ok(trust.admit(name, peer)?))
+    match trust.admit(name, peer) {
+        Ok(name) => Ok(Ok(name)),
+        // Another host was quicker with the same name. This one may come again with another.
+        Err(PeerError::PeerExists { name, .. }) => Ok(Err(JoinRefusal::NameTaken { name })),
+        Err(error) => Err(error),
+    }
 }

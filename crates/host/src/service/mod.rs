@@ -464,8 +464,7 @@ impl Service for Daemon {
             .next_step("start it first"));
         };
         let safe = "the machine runs here as before; nothing was begun";
-        let to = self
-            .destination(&request.to)
+        let to = peers::destination(&self.host.trust, &request.to)
             .map_err(|error| error.machine_state(safe))?;
         let session = fresh_id()?;
         let dialler = self.dialler(to.clone(), session);

@@ -102,19 +102,19 @@ impl Daemon {
         self.host.trust.set_rights(&name, change.over(peer.may))?;
         self.peer_view(name)
     }
+}
 
-    /// The peer that a machine is to go to, if it may have one.
-    pub(super) fn destination(&self, name: &PeerName) -> Result<Bound, ApiError> {
-        self.host.trust.reload()?;
-        let peer = self.host.trust.get(name)?;
-        if !peer.may.receive {
-            return Err(not_allowed(name, Right::Receive));
-        }
-        Ok(Bound {
-            name: name.clone(),
-            key: peer.key,
-        })
+/// The peer that a machine is to go to, if it may have one.
+pub(super) fn destination(trust: &TrustStore, name: &PeerName) -> Result<Bound, ApiError> {
+    trust.reload()?;
+    let peer = trust.get(name)?;
+    if !peer.may.receive {
+        return Err(not_allowed(name, Right::Receive));
     }
+    Ok(Bound {
+        name: name.clone(),
+        key: peer.key,
+    })
 }
 
 /// A peer has not the right to what is to be done.
@@ -214,6 +214,9 @@ pub fn revoke_offline(
 mod tests {
     use super::*;
     use crate::api::fake::sample_migration;
+    use whimbrel_peer::key_id::KeyId;
+    use whimbrel_peer::rights::Rights;
+    use whimbrel_peer::trust::Peer;
 
     fn at(direction: Direction, phase: Phase) -> MigrationView {
         MigrationView {
@@ -246,6 +249,31 @@ mod tests {
             assert!(state.contains(words), "{state}");
             assert!(error.what.contains("`web1`") && error.next_step.is_some());
         }
+    }
+
+    #[test]
+    fn a_machine_goes_only_to_a_peer_that_may_receive() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let store = TrustStore::load(folder.path().join("peers.toml")).expect("fresh");
+        let name: PeerName = "b".parse().expect("a name");
+        let unknown = destination(&store, &name).expect_err("nobody is trusted");
+        assert_eq!(unknown.code, ErrorCode::NotFound);
+        let peer = Peer {
+            key: KeyId::of_public_key(&[1]),
+            addresses: Vec::new(),
+            may: Rights::ALL,
+        };
+        store.add(name.clone(), peer.clone()).expect("room");
+        assert_eq!(destination(&store, &name).expect("it may").key, peer.key);
+        let may = Rights {
+            send: true,
+            receive: false,
+        };
+        // By a command beside the daemon, in the file.
+        let file = TrustStore::load(folder.path().join("peers.toml")).expect("there");
+        file.set_rights(&name, may).expect("known");
+        let refused = destination(&store, &name).expect_err("it may not");
+        assert_eq!(refused.code, ErrorCode::NotAllowed);
     }
 
     #[test]
