@@ -108,17 +108,17 @@ impl From<&PeerError> for ApiError {
                 ErrorCode::Exists,
                 "call the inviting host otherwise: say `--as NAME` with the same invitation",
             )
-            .machine_state("nothing was changed; the invitation is still good"),
+            .machine_state("nothing was changed; the inviting host was not asked"),
             PeerError::KnownByAnotherName { known, asked } => told(
                 ErrorCode::Exists,
                 &format!("join without --as, or run `whimbrel host rename {known} {asked}`"),
             )
-            .machine_state("nothing was changed; the invitation is still good"),
+            .machine_state("nothing was changed; the inviting host was not asked"),
             PeerError::OwnInvitation => told(
                 ErrorCode::Invalid,
                 "run `whimbrel host join` with it on the host that is to join",
             )
-            .machine_state("nothing was changed; the invitation is still good"),
+            .machine_state("nothing was changed"),
             PeerError::Token { .. } => told(
                 ErrorCode::Invalid,
                 "copy the whole of what `whimbrel host invite` printed, and try again",
@@ -155,7 +155,7 @@ impl From<&PeerError> for ApiError {
             PeerError::JoinRefused { addr, refusal, .. } => {
                 told(ErrorCode::PeerRefused, next_after(refusal))
                     .at(Some(addr.to_string()))
-                    .machine_state("neither host trusts the other by this invitation")
+                    .machine_state("nothing was changed, here or there")
             }
             PeerError::PeerName { .. }
             | PeerError::PeerAddress { .. }

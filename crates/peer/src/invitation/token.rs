@@ -122,7 +122,9 @@ pub enum TokenFault {
     #[error("it is longer than any invitation")]
     TooLong,
     /// What follows the prefix is not base32.
-    #[error("what follows {PREFIX} has other characters than a-z and 2-7: was it cut or mistyped?")]
+    #[error(
+        "what follows {PREFIX} is not what an invitation is written in: was it cut or mistyped?"
+    )]
     Digits,
     /// The sum is not that of the rest.
     #[error("its checksum is wrong: was it cut or mistyped when copied?")]
