@@ -1,0 +1,338 @@
+//! The guest's memory at the source: QEMU, the daemon's copy of it, what goes ahead of the switch, and the stop.
+//!
+//! After `crates/host/src/migration/outgoing/{ahead,stop}.rs` and `crates/qemu`'s source.
+
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::Extent;
+use whimbrel_engine::switchover::SourceEvent;
+
+use crate::link::Side;
+use crate::message::Message;
+use crate::scenario::MS;
+use crate::world::{Event, World};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceState {
+    Running,
+    /// Its requests are being finished.
+    Stopping,
+    Paused,
+    Gone,
+}
+
+/// The source's QEMU.
+#[derive(Clone, Debug)]
+pub struct SourceQemu {
+    pub state: SourceState,
+    /// By page: the version of its content, 0 being zeroes.
+    pub memory: Vec<u32>,
+    /// Pages whose newest content has not been delivered to the daemon.
+    pub dirty: UnitSet,
+    pub migrating: bool,
+    cursor: u64,
+}
+
+impl SourceQemu {
+    pub fn new(memory: Vec<u32>) -> Self {
+        SourceQemu {
+            state: SourceState::Running,
+            dirty: UnitSet::empty(memory.len() as u64),
+            memory,
+            migrating: false,
+            cursor: 0,
+        }
+    }
+
+    pub fn is_there(&self) -> bool {
+        self.state != SourceState::Gone
+    }
+
+    pub fn start_copy(&mut self) {
+        self.migrating = true;
+        self.dirty = UnitSet::full(self.memory.len() as u64);
+        self.cursor = 0;
+    }
+
+    /// The next page to deliver, and whether with it a pass over all is done.
+    fn next(&mut self) -> (Option<u64>, bool) {
+        match self.dirty.next_present(self.cursor) {
+            Some(page) => {
+                self.cursor = page + 1;
+                self.dirty.remove(Extent::unit(page));
+                (Some(page), false)
+            }
+            None => {
+                self.cursor = 0;
+                (None, true)
+            }
+        }
+    }
+}
+
+/// The daemon's copy of the guest's memory.
+pub struct RamCopy {
+    pub pages: Vec<u32>,
+    /// Pages that came since this was last looked at.
+    dirtied: UnitSet,
+    /// The first pass is done.
+    pub collected: bool,
+    /// Pages that QEMU still delivers after the stop.
+    pub stale: UnitSet,
+}
+
+impl RamCopy {
+    pub fn new(pages: u64) -> Self {
+        RamCopy {
+            pages: vec![0; pages as usize],
+            dirtied: UnitSet::empty(pages),
+            collected: false,
+            stale: UnitSet::empty(pages),
+        }
+    }
+
+    fn take_dirtied(&mut self) -> UnitSet {
+        let none = UnitSet::empty(self.dirtied.capacity());
+        std::mem::replace(&mut self.dirtied, none)
+    }
+
+    /// Pages that are not zero.
+    fn held(&self) -> UnitSet {
+        let mut held = UnitSet::empty(self.dirtied.capacity());
+        for (page, &content) in self.pages.iter().enumerate() {
+            if content != 0 {
+                held.insert(Extent::unit(page as u64));
+            }
+        }
+        held
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Barrier {
+    Open,
+    Said,
+    Closed,
+}
+
+/// What went, or is to go, ahead.
+pub struct Ahead {
+    dirtied: UnitSet,
+    barrier: Barrier,
+}
+
+impl Ahead {
+    pub fn link_down(&mut self) {
+        self.barrier = Barrier::Open;
+    }
+
+    pub fn ram_taken(&mut self) {
+        if self.barrier == Barrier::Said {
+            self.barrier = Barrier::Closed;
+        }
+    }
+}
+
+/// Pages in one delivery of QEMU's.
+const DELIVERY: usize = 8;
+
+impl World {
+    /// QEMU delivers some pages to the daemon.
+    pub fn ram_pass(&mut self, daemon: u32) {
+        if self.src.driver.daemon != daemon || !self.src.qemu.migrating || !self.src.qemu.is_there() {
+            return;
+        }
+        let stopped = self.src.qemu.state == SourceState::Paused;
+        let Some(ram) = &mut self.src.daemon.ram else {
+            return;
+        };
+        for _ in 0..DELIVERY {
+            match self.src.qemu.next() {
+                (Some(page), _) => {
+                    ram.pages[page as usize] = self.src.qemu.memory[page as usize];
+                    ram.dirtied.insert(Extent::unit(page));
+                    ram.stale.remove(Extent::unit(page));
+                }
+                (None, done) => {
+                    ram.collected |= done;
+                    break;
+                }
+            }
+        }
+        if stopped {
+            let stale = ram.stale.clone();
+            let space = self.ram_space();
+            if self.src.daemon.handover {
+                self.src.daemon.out.set_withheld(space, &stale);
+                self.wake_pushes();
+            }
+            if stale.is_empty() {
+                self.src.qemu.migrating = false;
+                return;
+            }
+        }
+        let wait = self.chances.source.between(MS / 4, 4 * MS);
+        self.after(wait, Event::RamPass(daemon));
+    }
+
+    /// The guest is to stop: it does nothing new, and its requests are finished first.
+    pub fn stop_guest(&mut self, daemon: u32) {
+        if self.src.qemu.state != SourceState::Running || self.src.daemon.ram.is_none() {
+            self.src.driver.doing = None;
+            return self.source_handle(SourceEvent::Failed);
+        }
+        self.src.qemu.state = SourceState::Stopping;
+        if self.guest.disk_requests() == 0 {
+            let wait = self.chances.source.below(self.scenario.durable + 1);
+            self.after(wait, Event::Stopped(daemon));
+        }
+    }
+
+    /// The last request of a guest that is being stopped was answered: its disks are flushed next.
+    pub fn requests_finished(&mut self) {
+        if self.src.qemu.state == SourceState::Stopping {
+            let daemon = self.src.driver.daemon;
+            let wait = self.chances.source.below(self.scenario.durable + 1);
+            self.after(wait, Event::Stopped(daemon));
+        }
+    }
+
+    /// The guest has stopped, and its disks are durable.
+    pub fn stopped(&mut self, daemon: u32) {
+        if self.src.driver.daemon != daemon || self.src.qemu.state != SourceState::Stopping {
+            return;
+        }
+        for n in 0..self.src.stores.len() {
+            let sync = self.src.stores[n].sync_begin();
+            self.src.stores[n].sync_end(sync);
+            self.guest.flushed_all(n);
+        }
+        self.src.qemu.state = SourceState::Paused;
+        self.guest.at = None;
+        self.src.frozen = true;
+        self.note(|| "the guest has stopped at the source".into());
+        if self.src.daemon.ram.is_some() {
+            self.outdate_ahead();
+            self.offer_ram();
+        }
+        self.src.daemon.handover = true;
+        self.src.driver.doing = None;
+        self.source_handle(SourceEvent::Stopped);
+        self.wake_driver(Side::Source);
+    }
+
+    fn outdate_ahead(&mut self) {
+        let stale = self.src.qemu.dirty.clone();
+        let ram = self.src.daemon.ram.as_mut().expect("copied since StartCopy");
+        ram.stale = stale.clone();
+        self.refresh_ahead();
+        let space = self.ram_space();
+        let Some(ahead) = &mut self.src.daemon.ahead else {
+            return;
+        };
+        ahead.dirtied.union_with(&stale);
+        let dirtied = ahead.dirtied.clone();
+        let vain = self.src.daemon.out.outdate(space, &dirtied);
+        if !vain.is_empty() {
+            self.coverage.deed("pages went ahead in vain");
+        }
+        self.src.daemon.handed[usize::from(space.0)].subtract(&dirtied);
+        self.src.daemon.outdated = Some(vain);
+    }
+
+    /// All of RAM that did not go ahead is offered; what QEMU still delivers is withheld.
+    fn offer_ram(&mut self) {
+        let space = self.ram_space();
+        let ram = self.src.daemon.ram.as_ref().expect("copied since StartCopy");
+        let stale = ram.stale.clone();
+        let mut live = ram.held();
+        live.union_with(&stale);
+        let out = &mut self.src.daemon.out;
+        live.subtract(out.sent(space));
+        out.offer_set(space, &live);
+        out.set_withheld(space, &stale);
+        for page in 0..self.scenario.early.min(self.scenario.ram) {
+            out.demand(space, Extent::unit(page));
+        }
+        for run in stale.runs() {
+            out.prefer(space, run);
+        }
+        self.wake_pushes();
+    }
+
+    /// Brings ahead what can be; whether the guest may stop as far as this goes.
+    pub fn step_ahead(&mut self) -> bool {
+        if !self.scenario.ahead {
+            return true;
+        }
+        if self.src.daemon.ahead.is_none() {
+            let ram = self.src.daemon.ram.as_mut().expect("collected");
+            ram.take_dirtied();
+            let held = ram.held();
+            let space = self.ram_space();
+            self.src.daemon.out.offer_set(space, &held);
+            self.src.daemon.ahead = Some(Ahead {
+                dirtied: UnitSet::empty(self.scenario.ram),
+                barrier: Barrier::Open,
+            });
+            self.say_ahead();
+            self.open_flow();
+            return false;
+        }
+        let rest = self.refresh_ahead();
+        let frames = self.src.daemon.frames;
+        let link_up = self.src.daemon.link_up;
+        let Some(ahead) = self.src.daemon.ahead.as_mut().filter(|_| !rest) else {
+            return false;
+        };
+        if ahead.barrier == Barrier::Open && link_up {
+            ahead.barrier = Barrier::Said;
+            self.source_says(Message::RamEnd { frames });
+            return false;
+        }
+        ahead.barrier == Barrier::Closed
+    }
+
+    pub fn say_ahead(&mut self) {
+        if self.src.daemon.ahead.is_some() && !self.src.daemon.handover {
+            self.source_says(Message::Ahead);
+        }
+    }
+
+    /// Keeps back what was written to since the last look; whether anything is left that may go.
+    fn refresh_ahead(&mut self) -> bool {
+        let space = self.ram_space();
+        let daemon = &mut self.src.daemon;
+        let (Some(ram), Some(ahead)) = (&mut daemon.ram, &mut daemon.ahead) else {
+            return false;
+        };
+        ahead.dirtied.union_with(&ram.take_dirtied());
+        daemon.out.set_withheld(space, &ahead.dirtied);
+        let rest = daemon.out.has_pushable(space);
+        self.wake_pushes();
+        rest
+    }
+
+    /// Names to the destination what it must not keep.
+    pub fn say_stale(&mut self) {
+        let space = self.ram_space();
+        if let Some(outdated) = &self.src.daemon.outdated {
+            let runs: Vec<Extent> = outdated.runs().collect();
+            if !runs.is_empty() {
+                self.source_says(Message::Stale { space, runs });
+            }
+        }
+    }
+
+    /// The guest runs at the source, again or still.
+    pub fn source_runs(&mut self) {
+        if self.src.qemu.is_there() {
+            if self.guest.ran_there {
+                self.broken("two owners", "the source runs a guest that has run at the destination");
+            }
+            self.src.qemu.state = SourceState::Running;
+            self.guest.at = Some(Side::Source);
+            self.wake_guest();
+        }
+        self.submit_all();
+    }
+}
