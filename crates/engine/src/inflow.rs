@@ -194,6 +194,9 @@ impl SpaceIn {
     /// Copies of these units turned out to be old ones: they are absent again. Only while nobody reads or
     /// writes them here: RAM of a guest that does not run yet.
     pub fn evict(&mut self, units: &UnitSet) {
+        if faulty!(StaleNotEvicted) {
+            return;
+        }
         self.resident.subtract(units);
     }
 
@@ -320,11 +323,19 @@ impl SpaceIn {
                         .push(Change::PartlyWritten { unit, mask: have });
                 }
             }
-            let unrecorded: Vec<Extent> = self
-                .journalled
-                .gaps_within(grant.touched)
-                .flat_map(|gap| self.resident.runs_within(gap).collect::<Vec<_>>())
-                .collect();
+            let unrecorded: Vec<Extent> = if faulty!(NoRecordOfWrite) {
+                grant.whole.clone()
+            } else {
+                self.journalled
+                    .gaps_within(grant.touched)
+                    .flat_map(|gap| self.resident.runs_within(gap).collect::<Vec<_>>())
+                    .collect()
+            };
+            if faulty!(RecordTakenForWritten) {
+                for &run in &unrecorded {
+                    self.journalled.insert(run);
+                }
+            }
             done.changes
                 .extend(unrecorded.into_iter().map(Change::Written));
         }
@@ -346,11 +357,14 @@ impl SpaceIn {
     /// A copy of these units arrived from the peer.
     pub fn begin_fill(&mut self, units: Extent) -> FillPlan {
         let units = units.clamp_to(Extent::new(0, self.info.units()));
-        let absent: Vec<u64> = self
-            .resident
-            .gaps_within(units)
-            .flat_map(|run| run.iter())
-            .collect();
+        let absent: Vec<u64> = if faulty!(LateCopyStored) {
+            units.iter().collect()
+        } else {
+            self.resident
+                .gaps_within(units)
+                .flat_map(|run| run.iter())
+                .collect()
+        };
         if let Some(&unit) = absent.iter().find(|u| self.busy.contains_key(u)) {
             return FillPlan::Wait(self.wait_for(unit));
         }
@@ -360,7 +374,11 @@ impl SpaceIn {
         let mut store = Vec::new();
         for unit in absent {
             self.busy.insert(unit, Busy::Filling);
+            if faulty!(ResidentBeforeData) {
+                self.resident.insert(Extent::unit(unit));
+            }
             match self.partial.get(&unit) {
+                Some(_) if faulty!(PartialWriteForgotten) => store.push(unit),
                 Some(&mask) => merge.push((unit, mask)),
                 None => store.push(unit),
             }

@@ -19,7 +19,23 @@
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
+/// Whether this engine has a deliberate fault; never in what is shipped.
+#[cfg(feature = "faults")]
+macro_rules! faulty {
+    ($fault:ident) => {
+        $crate::faults::has($crate::faults::Fault::$fault)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! faulty {
+    ($fault:ident) => {
+        false
+    };
+}
+
 pub mod codec;
+#[cfg(feature = "faults")]
+pub mod faults;
 pub mod guard;
 pub mod inflow;
 pub mod latency;

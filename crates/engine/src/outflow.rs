@@ -222,6 +222,9 @@ impl Outflow {
     /// have the space's capacity.
     pub fn outdate(&mut self, space: SpaceId, units: &UnitSet) -> UnitSet {
         let s = self.at(space);
+        if faulty!(VainNotSentAgain) {
+            return UnitSet::empty(units.capacity());
+        }
         let mut current = s.sent.clone();
         current.subtract(units);
         let mut vain = s.sent.clone();
@@ -365,7 +368,9 @@ impl Outflow {
     fn take(&mut self, space: SpaceId, class: Class, runs: Vec<Extent>) -> Batch {
         let s = self.at(space);
         for &run in &runs {
-            s.pending.remove(run);
+            if !(faulty!(TwoDrains) && class == Class::Demand) {
+                s.pending.remove(run);
+            }
             s.demanded.remove(run);
             s.preferred.remove(run);
             s.sent.insert(run);
@@ -404,6 +409,9 @@ impl Outflow {
     /// destination that restarted before it had journalled why. `held` must have the space's capacity.
     pub fn peer_has(&mut self, space: SpaceId, held: &UnitSet) {
         let s = self.at(space);
+        if faulty!(OldBitmapAfterReconnect) {
+            return;
+        }
         s.pending = s.live.clone();
         s.pending.subtract(held);
         s.sent = s.live.clone();
@@ -451,8 +459,13 @@ impl SpaceOut {
         let extent = extent.clamp_to(Extent::new(0, self.info.units()));
         let mut left = max;
         let mut runs = Vec::new();
+        let withheld = if faulty!(WithheldPushed) {
+            &UnitSet::empty(self.info.units())
+        } else {
+            &self.withheld
+        };
         for run in self.pending.runs_within(extent) {
-            for part in self.withheld.gaps_within(run) {
+            for part in withheld.gaps_within(run) {
                 let part = Extent::new(part.start, part.len.min(left));
                 if !part.is_empty() {
                     runs.push(part);

@@ -276,6 +276,7 @@ impl Source {
                     source = Source::new(epoch);
                     source.state = SourceState::Preparing;
                 }
+                Record::Granted { .. } if faulty!(GrantForgotten) => {}
                 Record::Granted { .. } => source.state = SourceState::Granted,
                 Record::PeerAccepted { .. } => source.state = SourceState::Draining,
                 Record::Kept { epoch } => {
@@ -309,7 +310,7 @@ impl Source {
     /// The guest stays. After a grant the epoch must pass the one that was promised.
     fn keep(&mut self, phase: Phase) -> Vec<Action> {
         let offered = self.offered();
-        if phase == Phase::Rewind {
+        if phase == Phase::Rewind && !faulty!(EpochNotRaised) {
             self.own = offered.next();
         }
         let epoch = self.own;
@@ -380,7 +381,7 @@ impl Source {
                 })]
             }
             (SourceState::Granted, SourceEvent::Heard(Say::Accepted { epoch }))
-                if epoch == offered =>
+                if epoch == offered || faulty!(OldEpochAccepted) =>
             {
                 self.state = SourceState::Draining;
                 vec![
@@ -389,7 +390,7 @@ impl Source {
                 ]
             }
             (SourceState::Granted, SourceEvent::Heard(Say::Refused { epoch }))
-                if epoch == offered =>
+                if (epoch == offered || faulty!(OldEpochAccepted)) && !faulty!(RefusalIgnored) =>
             {
                 self.keep(Phase::Rewind)
             }
@@ -405,7 +406,11 @@ impl Source {
                     Action::Finish(Phase::Complete),
                 ]
             }
-            (SourceState::Over(Phase::Complete), SourceEvent::Heard(Say::Drained { epoch })) => {
+            // A destination that was restarted before it heard so begins at its acceptance again.
+            (
+                SourceState::Over(Phase::Complete),
+                SourceEvent::Heard(Say::Drained { epoch } | Say::Accepted { epoch }),
+            ) if epoch == offered && !faulty!(CompletedNotRepeated) => {
                 vec![Action::Send(Say::Completed { epoch })]
             }
             (SourceState::Over(Phase::Cancel), SourceEvent::LinkUp) if self.cancel_unanswered => {
@@ -505,6 +510,7 @@ impl Destination {
         for record in records {
             match *record {
                 Record::Preparing { epoch } => destination.at(epoch, DestinationState::Preparing),
+                Record::Accepted { .. } if faulty!(AcceptanceForgotten) => {}
                 Record::Accepted { epoch } => destination.at(epoch, DestinationState::Accepted),
                 Record::Refused { epoch } => destination.at(epoch, DestinationState::Refused),
                 Record::Completed { epoch } => destination.at(epoch, DestinationState::Over),
@@ -542,7 +548,11 @@ impl Destination {
     pub fn handle(&mut self, event: DestinationEvent) -> Vec<Action> {
         let epoch = self.epoch;
         match (self.state, event) {
-            (_, DestinationEvent::Heard(say)) if say_epoch(say) != epoch => vec![],
+            (_, DestinationEvent::Heard(say))
+                if say_epoch(say) != epoch && !faulty!(OldEpochAccepted) =>
+            {
+                vec![]
+            }
             (DestinationState::Idle, DestinationEvent::Heard(Say::Prepare { .. })) => {
                 self.state = DestinationState::Preparing;
                 vec![
@@ -559,10 +569,14 @@ impl Destination {
             }
             (DestinationState::Ready, DestinationEvent::Heard(Say::Grant { .. })) => {
                 self.state = DestinationState::Accepted;
-                vec![
+                let mut actions = vec![
                     Action::Journal(Record::Accepted { epoch }),
                     Action::RunGuest { epoch },
-                ]
+                ];
+                if faulty!(AcceptedEarly) {
+                    actions.insert(1, Action::Send(Say::Accepted { epoch }));
+                }
+                actions
             }
             // Silent until the guest runs: until then the epoch may still be refused.
             (DestinationState::Accepted, DestinationEvent::Running) => {
@@ -585,7 +599,11 @@ impl Destination {
                 DestinationEvent::LinkUp
                 | DestinationEvent::Heard(Say::Grant { .. } | Say::Ask { .. } | Say::Cancel { .. }),
             ) => vec![Action::Send(Say::Drained { epoch })],
-            (DestinationState::Drained, DestinationEvent::Heard(Say::Completed { .. })) => {
+            // Said only after this side has said, perhaps before a restart, that it has all, and durably.
+            (
+                DestinationState::Running | DestinationState::Drained,
+                DestinationEvent::Heard(Say::Completed { .. }),
+            ) => {
                 self.state = DestinationState::Over;
                 vec![
                     Action::Journal(Record::Completed { epoch }),

@@ -324,3 +324,28 @@ fn destination_that_cannot_load_the_state_hands_the_machine_back() {
     assert!(kept.contains(&Action::KeepGuest { epoch: Epoch(9) }));
     assert_eq!(w.source.phase(), Phase::Rewind);
 }
+
+#[test]
+fn destination_restarted_before_it_heard_that_all_is_over_is_told_when_it_says_where_it_is() {
+    let epoch = Epoch(8);
+    let (mut source, _) = Source::recover(&[
+        Record::Started { epoch: Epoch(7) },
+        Record::Granted { epoch },
+        Record::Completed { epoch },
+    ]);
+    let (mut destination, todo) =
+        Destination::recover(&[Record::Preparing { epoch }, Record::Accepted { epoch }]);
+    assert_eq!(todo, [Action::Inspect]);
+    let said = destination.handle(DestinationEvent::Running);
+    assert_eq!(said, [Action::Send(Say::Accepted { epoch })]);
+    let told = source.handle(SourceEvent::Heard(Say::Accepted { epoch }));
+    assert_eq!(told, [Action::Send(Say::Completed { epoch })]);
+    let over = destination.handle(DestinationEvent::Heard(Say::Completed { epoch }));
+    assert_eq!(
+        over,
+        [
+            Action::Journal(Record::Completed { epoch }),
+            Action::Finish(Phase::Complete)
+        ]
+    );
+}

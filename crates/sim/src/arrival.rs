@@ -38,7 +38,10 @@ pub enum Target {
 impl World {
     pub fn destination_says(&mut self, message: Message) {
         if let Some(life) = &self.dst.daemon.life {
-            let conn = ConnId { life: life.id, lane: 0 };
+            let conn = ConnId {
+                life: life.id,
+                lane: 0,
+            };
             self.send(conn, Side::Destination, message);
         }
     }
@@ -59,7 +62,8 @@ impl World {
         self.dst.daemon.doorstep.push_back(life);
         match &self.dst.daemon.life {
             Some(old) => {
-                self.coverage.deed("a newer connection replaced one that seemed alive");
+                self.coverage
+                    .deed("a newer connection replaced one that seemed alive");
                 let old = old.id;
                 self.destination_life_ended(old);
             }
@@ -75,14 +79,18 @@ impl World {
         self.dst.daemon.life = None;
         self.close(life, Side::Destination, false);
         // What waits at a gate belongs to its connection; what is being stored is stored.
-        self.tasks.retain(|_, task| !matches!(task.work, Work::Gate { .. }));
+        self.tasks
+            .retain(|_, task| !matches!(task.work, Work::Gate { .. }));
         self.dst.daemon.ending = true;
         self.idle_yet();
     }
 
     /// A life ends when what it brought is stored; only then may the next say what is held.
     pub fn idle_yet(&mut self) {
-        let storing = self.tasks.values().any(|task| matches!(task.work, Work::Fill { .. }));
+        let storing = self
+            .tasks
+            .values()
+            .any(|task| matches!(task.work, Work::Fill { .. }));
         if !self.dst.daemon.ending || storing {
             return;
         }
@@ -113,8 +121,9 @@ impl World {
             storing: (1..=self.scenario.pushes).map(|lane| (lane, 0)).collect(),
         });
         let spaces = self.dst.daemon.disks.iter().chain(&self.dst.daemon.ram);
-        let held: Vec<(SpaceId, UnitSet)> =
-            spaces.map(|s| (s.info().id, s.resident().clone())).collect();
+        let held: Vec<(SpaceId, UnitSet)> = spaces
+            .map(|s| (s.info().id, s.resident().clone()))
+            .collect();
         for (space, held) in held {
             self.destination_says(Message::Have { space, held });
         }
@@ -134,7 +143,13 @@ impl World {
     }
 
     pub fn push_door(&mut self, conn: ConnId) {
-        if self.dst.daemon.life.as_ref().is_some_and(|l| l.id == conn.life) {
+        if self
+            .dst
+            .daemon
+            .life
+            .as_ref()
+            .is_some_and(|l| l.id == conn.life)
+        {
             self.hear_push(conn);
         }
     }
@@ -157,7 +172,11 @@ impl World {
         if daemon.refused {
             Target::Nowhere
         } else if usize::from(space.0) < daemon.expected {
-            if daemon.disk_gate { Target::Disk } else { Target::Gate }
+            if daemon.disk_gate {
+                Target::Disk
+            } else {
+                Target::Gate
+            }
         } else if daemon.ram.is_none() {
             Target::TooEarly
         } else if daemon.ram_gate {
@@ -219,7 +238,10 @@ impl World {
 
     /// What waited at a gate may go through.
     pub fn gates_changed(&mut self) {
-        let waiting = self.tasks.iter().filter(|(_, t)| matches!(t.work, Work::Gate { .. }));
+        let waiting = self
+            .tasks
+            .iter()
+            .filter(|(_, t)| matches!(t.work, Work::Gate { .. }));
         let waiting: Vec<TaskId> = waiting.map(|(&id, _)| id).collect();
         for id in waiting {
             let Some(task) = self.tasks.remove(&id) else {
@@ -269,7 +291,9 @@ impl World {
                     .runs
                     .iter()
                     .map(|&run| {
-                        let part = content.as_mut().map(|c| c.drain(..run.len as usize).collect());
+                        let part = content
+                            .as_mut()
+                            .map(|c| c.drain(..run.len as usize).collect());
                         (run, part)
                     })
                     .collect();

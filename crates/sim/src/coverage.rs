@@ -75,7 +75,11 @@ const PHASES: [Phase; 8] = [
 impl std::fmt::Display for Coverage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let hours = self.virtual_ns as f64 / 3.6e12;
-        writeln!(f, "{} runs, {} events, {hours:.0} h of virtual time", self.runs, self.events)?;
+        writeln!(
+            f,
+            "{} runs, {} events, {hours:.0} h of virtual time",
+            self.runs, self.events
+        )?;
         for (outcome, count) in &self.outcomes {
             writeln!(f, "  {outcome:?}: {count}")?;
         }

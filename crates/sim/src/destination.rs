@@ -80,6 +80,8 @@ pub struct DestinationDaemon {
     pub ram_gate: bool,
     pub refused: bool,
     pub evicted: bool,
+    /// The disks' files were made by this daemon.
+    pub fresh: bool,
     pub frames: u64,
     pub ram_end: Option<u64>,
     pub stale: UnitSet,
@@ -117,6 +119,7 @@ impl DestinationDaemon {
             ram_gate: false,
             refused: false,
             evicted: false,
+            fresh: false,
             frames: 0,
             ram_end: None,
             stale: UnitSet::empty(pages),
@@ -140,6 +143,10 @@ impl DestinationDaemon {
 
 impl DestinationDaemon {
     /// The migration was over before this daemon: it says so to whoever asks, and nothing else.
+    pub fn knows_its_epoch(&self) -> bool {
+        self.offered || self.known
+    }
+
     pub fn only_answers(&self) -> bool {
         self.known && self.refused
     }
@@ -382,7 +389,8 @@ impl World {
         let since = self.dst.daemon.down_since;
         if waiting && since.is_some_and(|since| self.now - since > PATIENCE_BEFORE_GRANT) {
             self.dst.daemon.down_since = None;
-            self.coverage.deed("destination gave an unreachable source up");
+            self.coverage
+                .deed("destination gave an unreachable source up");
             self.destination_handle(DestinationEvent::Failed);
         }
         if self.dst.daemon.over.is_some() {
@@ -414,8 +422,11 @@ impl World {
         }
         self.dst.daemon.state = false;
         let spaces = self.scenario.disks.iter().enumerate();
-        self.dst.daemon.disks = spaces.map(|(n, &s)| SpaceIn::absent(disk_info(n, s))).collect();
+        self.dst.daemon.disks = spaces
+            .map(|(n, &s)| SpaceIn::absent(disk_info(n, s)))
+            .collect();
         self.dst.touched = false;
+        self.dst.daemon.fresh = true;
         self.dst.daemon.disk_gate = true;
         let stale = self.dst.daemon.stale.clone();
         let ram = self.dst.daemon.ram.as_mut().expect("tested above");
@@ -445,7 +456,9 @@ impl World {
             self.gates_changed();
         }
         let early = 0..self.scenario.early.min(self.scenario.ram);
-        let absent: Vec<u64> = early.filter(|&p| self.dst.qemu.placed[p as usize].is_none()).collect();
+        let absent: Vec<u64> = early
+            .filter(|&p| self.dst.qemu.placed[p as usize].is_none())
+            .collect();
         if !absent.is_empty() {
             for page in absent {
                 self.page_wanted(page);
@@ -491,7 +504,12 @@ impl World {
     /// Whether all of RAM is in place, and so said.
     pub fn ram_progress(&mut self) {
         let complete = self.dst.daemon.sated
-            || self.dst.daemon.ram.as_ref().is_some_and(SpaceIn::is_complete);
+            || self
+                .dst
+                .daemon
+                .ram
+                .as_ref()
+                .is_some_and(SpaceIn::is_complete);
         if complete && self.dst.settled && !self.dst.daemon.ram_said {
             self.dst.daemon.ram_said = true;
             self.tell_destination(DestinationInbox::Ram);
@@ -538,7 +556,11 @@ impl World {
         }
         let digest = digest(&included, |unit| self.dst.stores[disk].unit(unit));
         let space = SpaceId(disk as u16);
-        self.destination_says(Message::Digest { space, included, digest });
+        self.destination_says(Message::Digest {
+            space,
+            included,
+            digest,
+        });
         self.after(ASK_AGAIN, Event::AskDigest(daemon, disk));
     }
 
@@ -581,6 +603,7 @@ impl World {
 
     fn finish_destination(&mut self, phase: Phase) {
         self.dst.daemon.over = Some(phase);
+        self.dst.daemon.verifying = None;
         self.dst.over_mark = true;
         if phase == Phase::Complete {
             self.dst.daemon.open = true;
@@ -671,12 +694,16 @@ impl World {
         self.dst.daemon.known = true;
         let mut wrote = false;
         for (n, &sectors) in self.scenario.disks.iter().enumerate() {
-            let (resident, owned, mut partial) =
-                self.dst.residency[n].recover(sectors.div_ceil(SECTORS));
+            let units = sectors.div_ceil(SECTORS);
+            wrote |= !self.dst.residency[n].recover(units).1.is_empty();
+            if !self.has(DriverFault::DoubtForgotten) {
+                let guest_gone = self.dst.qemu.state == QemuState::Gone;
+                self.dst.residency[n].own_what_is_doubtful(units, guest_gone);
+            }
+            let (resident, owned, mut partial) = self.dst.residency[n].recover(units);
             if self.fault == Some(DriverFault::PartsForgottenAtRestart) {
                 partial.clear();
             }
-            wrote |= !owned.is_empty();
             let space = SpaceIn::recovered(disk_info(n, sectors), resident, owned, partial);
             self.dst.daemon.disks.push(space);
         }

@@ -26,14 +26,16 @@ pub enum DriverFault {
     GateLeftOpen,
     /// A destination that accepted, and was restarted, refuses without asking QEMU.
     RefusedUnasked,
-    /// The source drops its demands' answers that say "zero".
-    ZeroAnswerDropped,
     /// The source lets the disks' content flow before they are frozen.
     CopyBeforeFreeze,
+    /// After a power cut what is here is compared with the source, whatever the guest may have written to it.
+    DoubtForgotten,
+    /// A source that is complete leaves a silent connection as if all it said had been heard.
+    FarewellUnheard,
 }
 
 impl DriverFault {
-    pub const ALL: [DriverFault; 12] = [
+    pub const ALL: [DriverFault; 13] = [
         DriverFault::GrantNotDurable,
         DriverFault::FlushBeforeResidency,
         DriverFault::ResidencyBeforeData,
@@ -44,7 +46,8 @@ impl DriverFault {
         DriverFault::EmptyBeforeGrant,
         DriverFault::GateLeftOpen,
         DriverFault::RefusedUnasked,
-        DriverFault::ZeroAnswerDropped,
         DriverFault::CopyBeforeFreeze,
+        DriverFault::DoubtForgotten,
+        DriverFault::FarewellUnheard,
     ];
 }

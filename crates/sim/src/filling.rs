@@ -12,6 +12,7 @@ use crate::faults::DriverFault;
 use crate::guest::{Kind, OpId};
 use crate::link::{ConnId, Side};
 use crate::message::Units;
+use crate::scenario::When;
 use crate::store::{SECTORS, Sync, Unit};
 use crate::world::{Event, World};
 
@@ -27,15 +28,30 @@ pub struct Task {
 
 pub enum Work {
     /// A request on a disk that is whole here.
-    Plain { op: OpId },
+    Plain {
+        op: OpId,
+    },
     /// A read of a disk that is being filled waits for units, or reads them.
-    Read { op: OpId },
+    Read {
+        op: OpId,
+    },
     /// A write waits for its units to be idle.
-    Wait { op: OpId },
-    Write { op: OpId, grant: WriteGrant },
-    Record { op: OpId, done: Finished },
+    Wait {
+        op: OpId,
+    },
+    Write {
+        op: OpId,
+        grant: WriteGrant,
+    },
+    Record {
+        op: OpId,
+        done: Finished,
+    },
     /// A frame that came early.
-    Gate { units: Units, conn: ConnId },
+    Gate {
+        units: Units,
+        conn: ConnId,
+    },
     Fill(Box<Fill>),
     Flush(Box<Flush>),
 }
@@ -161,6 +177,11 @@ impl World {
         let Some(Task { side, work }) = self.tasks.remove(&id) else {
             return;
         };
+        self.steps_of_tasks[side.index()] += 1;
+        let steps = self.steps_of_tasks[side.index()];
+        self.arm_for(|when| {
+            matches!(when, When::Task(s, n) if s == side && n == steps).then_some(0)
+        });
         match work {
             Work::Plain { op } => {
                 if self.fails(side) {
@@ -179,7 +200,13 @@ impl World {
             Work::Write { op, grant } => self.written(op, grant),
             Work::Record { op, done } => self.recorded(op, done),
             Work::Gate { units, conn } => {
-                self.tasks.insert(id, Task { side, work: Work::Gate { units, conn } });
+                self.tasks.insert(
+                    id,
+                    Task {
+                        side,
+                        work: Work::Gate { units, conn },
+                    },
+                );
             }
             Work::Fill(fill) => self.fill_goes_on(*fill),
             Work::Flush(flush) => self.flush_goes_on(side, *flush),
@@ -192,7 +219,8 @@ impl World {
             self.guest.ops.remove(&op);
             return;
         }
-        self.coverage.deed("a request of the guest failed and was made again");
+        self.coverage
+            .deed("a request of the guest failed and was made again");
         if let Some(request) = self.guest.ops.get_mut(&op) {
             request.submitted = false;
             self.after(50_000_000, Event::Again(op));
@@ -207,8 +235,11 @@ impl World {
         if !matches!(request.kind, Kind::Write | Kind::Discard) {
             return;
         }
-        let (disk, sectors, version) =
-            (request.disk, request.sector..request.sector + request.len, request.version);
+        let (disk, sectors, version) = (
+            request.disk,
+            request.sector..request.sector + request.len,
+            request.version,
+        );
         if side == Side::Source && self.src.frozen {
             self.broken("fence", "the guest writes to a frozen disk");
         }
@@ -260,7 +291,10 @@ impl World {
     fn wake(&mut self, space: SpaceId, done: &Finished) {
         for &ticket in &done.wake {
             if let Some(task) = self.dst.daemon.parked.remove(&(space, ticket)) {
-                let read = self.tasks.get(&task).is_some_and(|t| matches!(t.work, Work::Read { .. }));
+                let read = self
+                    .tasks
+                    .get(&task)
+                    .is_some_and(|t| matches!(t.work, Work::Read { .. }));
                 let longest = if read { self.scenario.access } else { 1_000 };
                 let wait = self.chances.destination.below(longest + 1);
                 self.after(wait, Event::Task(task));
@@ -274,7 +308,12 @@ impl World {
     /// Stores content that came.
     pub fn fill(&mut self, space: SpaceId, mut pieces: Vec<Piece>, conn: Option<ConnId>) {
         pieces.reverse();
-        self.fill_piece(Fill { space, pieces, grant: None, conn });
+        self.fill_piece(Fill {
+            space,
+            pieces,
+            grant: None,
+            conn,
+        });
     }
 
     /// The next piece, or the end.
@@ -284,7 +323,10 @@ impl World {
         while let Some((run, content)) = fill.pieces.last() {
             let run = *run;
             let is_disk = space != self.ram_space();
-            let zeroes = is_disk && content.is_none();
+            // A file that was made just now reads as zeroes where nobody wrote. One of before a restart may hold
+            // what no record tells of.
+            let fresh = self.dst.daemon.fresh || self.has(DriverFault::DoubtForgotten);
+            let zeroes = is_disk && content.is_none() && fresh;
             let Some(target) = self.space_in(space) else {
                 break;
             };
@@ -292,7 +334,9 @@ impl World {
                 let done = target.zeroes(run, now);
                 fill.pieces.pop();
                 self.wake(space, &done);
-                self.dst.residency[usize::from(space.0)].lazy.extend(&done.changes);
+                self.dst.residency[usize::from(space.0)]
+                    .lazy
+                    .extend(&done.changes);
                 continue;
             }
             match target.begin_fill(run) {
@@ -301,7 +345,8 @@ impl World {
                         self.coverage.deed("copies that came late");
                     }
                     if !grant.merge.is_empty() {
-                        self.coverage.deed("copies merged with sectors of the guest's");
+                        self.coverage
+                            .deed("copies merged with sectors of the guest's");
                     }
                     fill.grant = Some(grant);
                     let access = self.scenario.access;
@@ -317,8 +362,11 @@ impl World {
     }
 
     fn fill_ended(&mut self, fill: Fill, ok: bool) {
-        if let Some(conn) = fill.conn {
-            self.frame_done(conn, ok);
+        match (fill.conn, self.dst.daemon.life.as_ref().map(|life| life.id)) {
+            (Some(conn), _) => self.frame_done(conn, ok),
+            // Zeroes that could not be stored end the connection that told of them.
+            (None, Some(life)) if !ok => self.destination_life_ended(life),
+            (None, _) => {}
         }
         self.idle_yet();
     }
@@ -341,7 +389,9 @@ impl World {
         if is_ram {
             self.pages_arrived();
         } else {
-            self.dst.residency[usize::from(space.0)].lazy.extend(&done.changes);
+            self.dst.residency[usize::from(space.0)]
+                .lazy
+                .extend(&done.changes);
         }
         if ok {
             self.fill_piece(fill);
@@ -357,7 +407,11 @@ impl World {
             Some(content) => content[(unit - run.start) as usize],
             None => [0; SECTORS as usize],
         };
-        let whole = grant.store.iter().flat_map(Extent::iter).map(|unit| (unit, 0));
+        let whole = grant
+            .store
+            .iter()
+            .flat_map(Extent::iter)
+            .map(|unit| (unit, 0));
         let all: Vec<(u64, u8)> = whole.chain(grant.merge.iter().copied()).collect();
         for (unit, keep) in all {
             if percent < 100 && !self.chances.mishap.percent(percent) {
@@ -381,14 +435,18 @@ impl World {
         if self.dst.daemon.sated || self.dst.qemu.state == crate::destination::QemuState::Gone {
             return;
         }
-        if self.dst.qemu.placed[page as usize].replace(version).is_some() {
+        if self.dst.qemu.placed[page as usize]
+            .replace(version)
+            .is_some()
+        {
             self.broken("placed once", format!("page {page} is placed twice"));
         }
         self.dst.qemu.wanted.remove(&page);
     }
 
     fn pages_arrived(&mut self) {
-        if self.dst.qemu.state == crate::destination::QemuState::Loading && self.dst.daemon.ram_gate {
+        if self.dst.qemu.state == crate::destination::QemuState::Loading && self.dst.daemon.ram_gate
+        {
             self.after(1_000, Event::QemuLoads);
         }
         self.wake_page_waiters();
@@ -399,9 +457,10 @@ impl World {
 
     /// Makes a disk durable, and then tells who waits. Who comes while that is under way waits for the next.
     pub fn flush(&mut self, side: Side, disk: usize, waiter: Waiter) {
-        let running = self.tasks.values().any(
-            |t| matches!(&t.work, Work::Flush(flush) if t.side == side && flush.disk == disk),
-        );
+        let running = self
+            .tasks
+            .values()
+            .any(|t| matches!(&t.work, Work::Flush(flush) if t.side == side && flush.disk == disk));
         self.guest.flushing[side.index()].push((disk, waiter));
         if !running {
             self.begin_flush(side, disk);
@@ -410,8 +469,11 @@ impl World {
 
     fn begin_flush(&mut self, side: Side, disk: usize) {
         let waiting = &mut self.guest.flushing[side.index()];
-        let joined: Vec<Waiter> =
-            waiting.iter().filter(|w| w.0 == disk).map(|w| w.1).collect();
+        let joined: Vec<Waiter> = waiting
+            .iter()
+            .filter(|w| w.0 == disk)
+            .map(|w| w.1)
+            .collect();
         waiting.retain(|w| w.0 != disk);
         if joined.is_empty() {
             return;
@@ -478,8 +540,12 @@ impl World {
 
     /// The daemon of a side has died: what its tasks were writing is written in part.
     pub fn lose_tasks(&mut self, side: Side) {
-        let lost: Vec<TaskId> =
-            self.tasks.iter().filter(|(_, t)| t.side == side).map(|(&id, _)| id).collect();
+        let lost: Vec<TaskId> = self
+            .tasks
+            .iter()
+            .filter(|(_, t)| t.side == side)
+            .map(|(&id, _)| id)
+            .collect();
         for id in lost {
             let Some(task) = self.tasks.remove(&id) else {
                 continue;

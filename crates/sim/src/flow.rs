@@ -129,7 +129,10 @@ impl World {
                 Message::Demand { space, runs } => self.demanded(space, &runs),
                 Message::Forget { space, runs } => {
                     for run in runs {
-                        self.src.daemon.asked.retain(|a| a.0 != space || !run.contains(a.1));
+                        self.src
+                            .daemon
+                            .asked
+                            .retain(|a| a.0 != space || !run.contains(a.1));
                         if self.src.daemon.out.info(space).is_some() {
                             self.src.daemon.out.forget(space, run);
                         }
@@ -146,9 +149,16 @@ impl World {
                     }
                 }
                 Message::HaveEnd => self.peer_has(),
-                Message::Digest { space, included, digest } => {
-                    let same = self.digest_at_source(space, &included) == digest;
-                    self.source_says(Message::DigestAnswer { space, same });
+                Message::Digest {
+                    space,
+                    included,
+                    digest,
+                } => {
+                    // A source that was restarted when all was over has no content: it does not answer.
+                    if self.src.daemon.out.info(space).is_some() {
+                        let same = self.digest_at_source(space, &included) == digest;
+                        self.source_says(Message::DigestAnswer { space, same });
+                    }
                 }
                 other => self.tell_source(SourceInbox::Heard(other)),
             }
@@ -208,9 +218,6 @@ impl World {
                 self.src.daemon.zero_answers.pop_front();
             }
         }
-        if self.has(DriverFault::ZeroAnswerDropped) {
-            self.src.daemon.zero_answers.clear();
-        }
         self.wake_pushes();
     }
 
@@ -265,7 +272,11 @@ impl World {
                 let wait = self.chances.source.below(self.scenario.access + 1);
                 // The disk, or the store, is read at some moment of that time: at its beginning or its end.
                 let now = self.chances.source.percent(50);
-                let content = if now { self.content(&batch) } else { Vec::new() };
+                let content = if now {
+                    self.content(&batch)
+                } else {
+                    Vec::new()
+                };
                 self.after(wait, Event::Loaded(conn, batch, content));
             }
         }
@@ -302,11 +313,16 @@ impl World {
             let waits = self.src.daemon.asked.iter().find(|(space, unit)| {
                 let is_ram = *space == ram;
                 let withheld = is_ram && stale.is_some_and(|stale| stale.contains(*unit));
-                let readable = if is_ram { self.src.daemon.handover || self.src.daemon.ram.is_none() } else { self.src.frozen };
+                let readable = if is_ram {
+                    self.src.daemon.handover || self.src.daemon.ram.is_none()
+                } else {
+                    self.src.frozen
+                };
                 !withheld && readable
             });
             if let Some((space, unit)) = waits {
-                let what = format!("unit {unit} of {space} is waited for while {batch:?} is pushed");
+                let what =
+                    format!("unit {unit} of {space} is waited for while {batch:?} is pushed");
                 self.broken("demand first", what);
             }
         } else {
@@ -336,7 +352,11 @@ impl World {
         if self.life_at_source(conn.life).is_none() {
             return;
         }
-        let content = if content.is_empty() { self.content(&batch) } else { content };
+        let content = if content.is_empty() {
+            self.content(&batch)
+        } else {
+            content
+        };
         let units = Units {
             space: batch.space,
             class: batch.class,
@@ -348,7 +368,9 @@ impl World {
     }
 
     fn digest_at_source(&self, space: SpaceId, included: &UnitSet) -> u64 {
-        digest(included, |unit| self.src.stores[usize::from(space.0)].unit(unit))
+        digest(included, |unit| {
+            self.src.stores[usize::from(space.0)].unit(unit)
+        })
     }
 }
 

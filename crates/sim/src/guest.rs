@@ -45,7 +45,10 @@ pub enum Thread {
     Asleep,
     Disk,
     /// Waits for a page, to write it or to read it.
-    Page { page: u64, write: bool },
+    Page {
+        page: u64,
+        write: bool,
+    },
     Done,
 }
 
@@ -182,7 +185,10 @@ impl World {
             match self.guest.at {
                 Some(Side::Source) => {
                     self.src.qemu.memory[at] = version;
-                    self.src.qemu.dirty.insert(whimbrel_engine::space::Extent::unit(page));
+                    self.src
+                        .qemu
+                        .dirty
+                        .insert(whimbrel_engine::space::Extent::unit(page));
                 }
                 _ => self.dst.qemu.placed[at] = Some(version),
             }
@@ -235,7 +241,11 @@ impl World {
         self.guest.next_version += 1;
         self.guest.next_op += 1;
         let op = self.guest.next_op;
-        let version = if kind == Kind::Discard { 0 } else { self.guest.next_version };
+        let version = if kind == Kind::Discard {
+            0
+        } else {
+            self.guest.next_version
+        };
         let request = Op {
             thread,
             kind,
@@ -319,7 +329,8 @@ impl World {
     /// The guest's QEMU has ended; with the whole host, if it lost power.
     pub fn guest_dies(&mut self, power: bool) {
         self.note(|| "the guest is gone".into());
-        self.coverage.deed("the guest was lost with its host or its QEMU");
+        self.coverage
+            .deed("the guest was lost with its host or its QEMU");
         for disk in 0..self.guest.oracles.len() {
             let under_way = self.guest.writes_under_way(disk);
             if power {

@@ -38,25 +38,14 @@ pub struct ConnId {
     pub lane: u8,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Pipe {
     under_way: VecDeque<Message>,
     last_arrival: u64,
-    dead_after: u64,
-}
-
-impl Default for Pipe {
-    fn default() -> Self {
-        Pipe {
-            under_way: VecDeque::new(),
-            last_arrival: 0,
-            dead_after: u64::MAX,
-        }
-    }
 }
 
 /// What both ends have of one life.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Life {
     /// By lane and sending side.
     pipes: BTreeMap<(u8, Side), Pipe>,
@@ -64,6 +53,19 @@ pub struct Life {
     pub arrived: BTreeMap<(u8, Side), VecDeque<Message>>,
     /// Which side knows that it is over.
     pub ended: [bool; 2],
+    /// What a side sent is lost if it did not arrive by then.
+    dead_after: [u64; 2],
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Life {
+            pipes: BTreeMap::new(),
+            arrived: BTreeMap::new(),
+            ended: [false; 2],
+            dead_after: [u64::MAX; 2],
+        }
+    }
 }
 
 /// Times in nanoseconds.
@@ -98,8 +100,9 @@ impl Link {
     pub fn new_life(&mut self) -> LifeId {
         self.next_life += 1;
         self.lives.insert(self.next_life, Life::default());
-        self.lives
-            .retain(|_, life| life.ended != [true, true] || !life.pipes.values().all(|p| p.under_way.is_empty()));
+        self.lives.retain(|_, life| {
+            life.ended != [true, true] || !life.pipes.values().all(|p| p.under_way.is_empty())
+        });
         self.next_life
     }
 
@@ -137,7 +140,7 @@ impl Link {
         let pipe = life.pipes.get_mut(&(conn.lane, from))?;
         let message = pipe.under_way.pop_front()?;
         let to = from.other();
-        if now > pipe.dead_after || life.ended[to.index()] {
+        if now > life.dead_after[from.index()] || life.ended[to.index()] {
             return None;
         }
         life.arrived
@@ -150,10 +153,15 @@ impl Link {
     /// Nothing that this side sent is delivered any more, but for what arrives until `until`.
     pub fn silence(&mut self, life: LifeId, from: Side, until: u64) {
         if let Some(life) = self.lives.get_mut(&life) {
-            for (_, pipe) in life.pipes.iter_mut().filter(|(key, _)| key.1 == from) {
-                pipe.dead_after = pipe.dead_after.min(until);
-            }
+            let dead = &mut life.dead_after[from.index()];
+            *dead = until.min(*dead);
         }
+    }
+
+    /// Whether a life's connections are cut, noticed or not.
+    pub fn is_dead(&self, life: LifeId, now: u64) -> bool {
+        let life = self.lives.get(&life);
+        life.is_none_or(|life| life.dead_after.iter().any(|&dead| now > dead))
     }
 
     /// When the last frame under way from a side arrives.

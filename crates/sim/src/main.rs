@@ -45,7 +45,11 @@ fn main() -> ExitCode {
         Some(Wanted::Seed(seed)) => one(seed),
         Some(Wanted::Runs { from, count }) => many(from, count),
     };
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// One seed, with all that happens.

@@ -138,7 +138,8 @@ const DELIVERY: usize = 8;
 impl World {
     /// QEMU delivers some pages to the daemon.
     pub fn ram_pass(&mut self, daemon: u32) {
-        if self.src.driver.daemon != daemon || !self.src.qemu.migrating || !self.src.qemu.is_there() {
+        if self.src.driver.daemon != daemon || !self.src.qemu.migrating || !self.src.qemu.is_there()
+        {
             return;
         }
         let stopped = self.src.qemu.state == SourceState::Paused;
@@ -222,7 +223,12 @@ impl World {
 
     fn outdate_ahead(&mut self) {
         let stale = self.src.qemu.dirty.clone();
-        let ram = self.src.daemon.ram.as_mut().expect("copied since StartCopy");
+        let ram = self
+            .src
+            .daemon
+            .ram
+            .as_mut()
+            .expect("copied since StartCopy");
         ram.stale = stale.clone();
         self.refresh_ahead();
         let space = self.ram_space();
@@ -242,7 +248,12 @@ impl World {
     /// All of RAM that did not go ahead is offered; what QEMU still delivers is withheld.
     fn offer_ram(&mut self) {
         let space = self.ram_space();
-        let ram = self.src.daemon.ram.as_ref().expect("copied since StartCopy");
+        let ram = self
+            .src
+            .daemon
+            .ram
+            .as_ref()
+            .expect("copied since StartCopy");
         let stale = ram.stale.clone();
         let mut live = ram.held();
         live.union_with(&stale);
@@ -327,7 +338,10 @@ impl World {
     pub fn source_runs(&mut self) {
         if self.src.qemu.is_there() {
             if self.guest.ran_there {
-                self.broken("two owners", "the source runs a guest that has run at the destination");
+                self.broken(
+                    "two owners",
+                    "the source runs a guest that has run at the destination",
+                );
             }
             self.src.qemu.state = SourceState::Running;
             self.guest.at = Some(Side::Source);

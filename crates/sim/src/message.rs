@@ -9,24 +9,54 @@ use crate::store::Unit;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Message {
-    Prepare { epoch: Epoch },
-    Prepared { epoch: Epoch },
+    Prepare {
+        epoch: Epoch,
+    },
+    Prepared {
+        epoch: Epoch,
+    },
     Layout,
     LayoutTaken,
     Own(Say),
-    Grant { epoch: Epoch },
-    Stale { space: SpaceId, runs: Vec<Extent> },
+    Grant {
+        epoch: Epoch,
+    },
+    Stale {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
     Ahead,
-    RamEnd { frames: u64 },
+    RamEnd {
+        frames: u64,
+    },
     RamTaken,
-    Empty { space: SpaceId, set: UnitSet },
-    Have { space: SpaceId, held: UnitSet },
+    Empty {
+        space: SpaceId,
+        set: UnitSet,
+    },
+    Have {
+        space: SpaceId,
+        held: UnitSet,
+    },
     Evicted,
     HaveEnd,
-    Demand { space: SpaceId, runs: Vec<Extent> },
-    Forget { space: SpaceId, runs: Vec<Extent> },
-    Digest { space: SpaceId, included: UnitSet, digest: u64 },
-    DigestAnswer { space: SpaceId, same: bool },
+    Demand {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
+    Forget {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
+    Digest {
+        space: SpaceId,
+        included: UnitSet,
+        digest: u64,
+    },
+    DigestAnswer {
+        space: SpaceId,
+        same: bool,
+    },
     Units(Units),
 }
 
@@ -44,7 +74,8 @@ impl Message {
     pub fn bytes(&self) -> u64 {
         match self {
             Message::Units(units) => {
-                64 + units.content.as_ref().map_or(0, Vec::len) as u64 * whimbrel_engine::space::UNIT
+                64 + units.content.as_ref().map_or(0, Vec::len) as u64
+                    * whimbrel_engine::space::UNIT
             }
             Message::Grant { .. } => 60_000,
             Message::Have { .. } | Message::Empty { .. } | Message::Digest { .. } => 160,

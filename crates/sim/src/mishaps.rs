@@ -122,7 +122,8 @@ impl World {
         let lacks = self.dst.qemu.placed.iter().any(Option::is_none);
         let there = matches!(self.dst.qemu.state, QemuState::Loading | QemuState::Running);
         if lacks && there && !self.src.qemu.is_there() {
-            self.coverage.deed("a person ended a guest whose memory was lost");
+            self.coverage
+                .deed("a person ended a guest whose memory was lost");
             self.destination_qemu_dies();
         }
     }
@@ -131,7 +132,9 @@ impl World {
     fn cut(&mut self) {
         let lives: Vec<LifeId> = self.link.lives.keys().copied().collect();
         for life in lives {
-            if self.link.has_ended(life, Side::Source) && self.link.has_ended(life, Side::Destination) {
+            if self.link.has_ended(life, Side::Source)
+                && self.link.has_ended(life, Side::Destination)
+            {
                 continue;
             }
             for side in [Side::Source, Side::Destination] {
@@ -173,7 +176,7 @@ impl World {
                     _ => Say::Prepare { epoch },
                 };
                 // To a session that knows its epoch; before that a stray would be a session of its own.
-                if self.dst.switch.epoch() != Epoch(0) {
+                if self.dst.daemon.knows_its_epoch() {
                     self.tell_destination(crate::destination::DestinationInbox::Heard(
                         Message::Own(say),
                     ));

@@ -111,7 +111,11 @@ const SHOWN: usize = 60;
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "seed {} breaks \"{}\": {}", self.seed, self.violation.rule, self.violation.what)?;
+        writeln!(
+            f,
+            "seed {} breaks \"{}\": {}",
+            self.seed, self.violation.rule, self.violation.what
+        )?;
         writeln!(f, "made smaller: {:?}", self.scenario)?;
         let left_out = self.trace.len().saturating_sub(SHOWN);
         let weighty = |line: &&String| line.contains("MISHAP") || line.contains("is in");

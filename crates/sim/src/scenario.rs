@@ -13,15 +13,26 @@ pub const SECOND: u64 = 1_000 * MS;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mishap {
     /// The daemon dies and is started again.
-    Crash { side: Side, down: u64 },
+    Crash {
+        side: Side,
+        down: u64,
+    },
     /// The host loses power: daemon, QEMU, and what was not durable.
-    PowerCut { side: Side, down: u64 },
+    PowerCut {
+        side: Side,
+        down: u64,
+    },
     /// Nothing crosses the link for a while; connections live on.
-    Outage { len: u64 },
+    Outage {
+        len: u64,
+    },
     /// All connections break.
     Cut,
     /// Reads and writes of the disks fail for a while.
-    DiskErrors { side: Side, len: u64 },
+    DiskErrors {
+        side: Side,
+        len: u64,
+    },
     /// The destination's QEMU dies.
     QemuDies,
     /// The destination cannot make ready.
@@ -30,11 +41,14 @@ pub enum Mishap {
     LoadFails,
     Cancel,
     /// A message of an older migration comes.
-    Stray { to: Side, which: u8 },
+    Stray {
+        to: Side,
+        which: u8,
+    },
 }
 
 /// Names for the counters, by [`Mishap::kind`].
-pub const KINDS: [&str; 15] = [
+pub const KINDS: [&str; 14] = [
     "source daemon dies",
     "destination daemon dies",
     "source loses power",
@@ -49,7 +63,6 @@ pub const KINDS: [&str; 15] = [
     "cancel",
     "stray to source",
     "stray to destination",
-    "none",
 ];
 
 impl Mishap {
@@ -78,6 +91,8 @@ pub enum When {
     Phase(Side, Phase, u64),
     /// Right after so many steps of a side's driver: between two actions.
     Step(Side, u32),
+    /// Right before a task of a side's daemon goes on for that time: between two accesses to a disk.
+    Task(Side, u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +166,11 @@ impl Scenario {
             access: rng.scaled(20 * US, 8 * MS),
             durable: rng.scaled(100 * US, 20 * MS),
             early: rng.below(4),
-            hold: if rng.percent(50) { 0 } else { rng.scaled(MS, 4 * SECOND) },
+            hold: if rng.percent(50) {
+                0
+            } else {
+                rng.scaled(MS, 4 * SECOND)
+            },
             mishaps: Vec::new(),
         };
         let count = rng.pick(&[0, 1, 1, 2, 2, 3, 4, 6]);
@@ -167,7 +186,8 @@ impl Scenario {
         let side = rng.pick(&[Side::Source, Side::Destination]);
         match rng.below(10) {
             0..2 => When::At(rng.scaled(MS, 20 * SECOND)),
-            2..4 => When::Step(side, rng.between(1, 40) as u32),
+            2 => When::Step(side, rng.between(1, 40) as u32),
+            3 => When::Task(side, rng.scaled(1, 300) as u32),
             _ => {
                 let phase = rng.pick(match side {
                     Side::Source => &[

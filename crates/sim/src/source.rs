@@ -153,7 +153,11 @@ impl SourceHost {
         let mut version = 0;
         let mut fresh = |rng: &mut Rng| {
             version += 1;
-            if rng.percent(scenario.empty) { 0 } else { version }
+            if rng.percent(scenario.empty) {
+                0
+            } else {
+                version
+            }
         };
         let stores = scenario.disks.iter().map(|&sectors| {
             let mut store = Store::new(sectors);
@@ -329,6 +333,9 @@ impl World {
                     && self.has(DriverFault::GrantNotDurable);
                 if !lost {
                     self.src.journal.push(record);
+                    if let Record::Granted { epoch } = record {
+                        self.promised = epoch;
+                    }
                 }
             }
             Action::KeepGuest { epoch } => self.keep_guest(epoch),
@@ -339,6 +346,15 @@ impl World {
     /// The guest stays, or comes back.
     fn keep_guest(&mut self, epoch: Epoch) {
         self.may_run(Side::Source, epoch);
+        if epoch <= self.promised {
+            let promised = self.promised;
+            self.broken(
+                "epochs",
+                format!(
+                    "the source takes the machine back under {epoch}, having promised {promised}"
+                ),
+            );
+        }
         self.src.frozen = false;
         self.src.daemon.ram = None;
         self.src.qemu.migrating = false;
@@ -347,7 +363,10 @@ impl World {
 
     pub fn source_says(&mut self, message: Message) {
         if let Some(life) = &self.src.daemon.life {
-            let conn = ConnId { life: life.id, lane: 0 };
+            let conn = ConnId {
+                life: life.id,
+                lane: 0,
+            };
             self.send(conn, Side::Source, message);
         }
     }
@@ -424,7 +443,8 @@ impl World {
         if let Some(since) = self.src.daemon.down_since {
             let patient = self.now - since <= PATIENCE_BEFORE_GRANT;
             if self.src.daemon.over.is_none() && self.src.switch.can_cancel() && !patient {
-                self.coverage.deed("source gave an unreachable destination up");
+                self.coverage
+                    .deed("source gave an unreachable destination up");
                 self.source_handle(SourceEvent::Failed);
             } else if self.src.switch.cancel_is_unanswered() && !patient {
                 self.coverage.deed("cancel could not be told");
@@ -436,7 +456,7 @@ impl World {
             return;
         }
         let all_ahead = self.step_ahead();
-        let alive = self.src.daemon.life.is_some() && !self.link.is_out(self.now);
+        let alive = self.source_hears();
         if self.src.daemon.may_switch && all_ahead && alive {
             self.source_handle(SourceEvent::Switch);
         }
@@ -481,25 +501,41 @@ impl World {
                 set.insert(run);
             }
             if !set.is_empty() {
-                self.source_says(Message::Empty { space: info.id, set });
+                self.source_says(Message::Empty {
+                    space: info.id,
+                    set,
+                });
             }
         }
     }
 
+    /// Whether pings would be answered now: a connection can be silent without being broken.
+    fn source_hears(&self) -> bool {
+        let life = self.src.daemon.life.as_ref();
+        life.is_some_and(|life| {
+            !self.link.is_out(self.now) && !self.link.is_dead(life.id, self.now)
+        })
+    }
+
     fn source_may_leave(&mut self) {
+        // A connection over which nothing comes may have swallowed what was said last.
+        let alive = self.source_hears() || self.has(DriverFault::FarewellUnheard);
         let daemon = &mut self.src.daemon;
         if !daemon.session || daemon.over.is_none() || self.src.switch.cancel_is_unanswered() {
             return;
         }
         let over_since = *daemon.over_since.get_or_insert(self.now);
-        let quiet_since = if daemon.link_up {
+        let quiet_since = if daemon.link_up && alive {
             *daemon.quiet_since.get_or_insert(self.now)
         } else {
             daemon.quiet_since = None;
             self.now
         };
         let complete = daemon.over == Some(Phase::Complete);
-        if complete && self.now - quiet_since <= FAREWELL && self.now - over_since <= LONGEST_FAREWELL {
+        if complete
+            && self.now - quiet_since <= FAREWELL
+            && self.now - over_since <= LONGEST_FAREWELL
+        {
             return;
         }
         if !complete || daemon.quiet_since.is_some() {
@@ -536,8 +572,8 @@ impl World {
         }
         self.src.daemon = SourceDaemon::new();
         self.src.qemu.migrating = false;
-        self.src.frozen = true;
         self.lose_tasks(Side::Source);
+        self.src.frozen = true;
     }
 
     /// The next daemon looks at what the last one left.

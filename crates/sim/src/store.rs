@@ -95,6 +95,8 @@ pub struct Residency {
     covered: usize,
     /// Records covered by a barrier that was written: it may have become durable by itself.
     written: usize,
+    /// The host lost power since the last daemon that looked.
+    doubtful: bool,
 }
 
 impl Residency {
@@ -131,6 +133,17 @@ impl Residency {
         self.log.truncate(believed.max(self.covered));
         self.covered = self.log.len();
         self.written = self.log.len();
+        self.doubtful = true;
+    }
+
+    /// After a power cut, or if the guest's process is gone, a write of the guest's to a unit that is here may
+    /// have been done while no record tells of it. From then on all that is here counts as written by the guest:
+    /// it cannot be compared with the source.
+    pub fn own_what_is_doubtful(&mut self, units: u64, guest_gone: bool) {
+        if std::mem::take(&mut self.doubtful) || guest_gone {
+            let (resident, _, _) = self.recover(units);
+            self.log.extend(resident.runs().map(Change::Written));
+        }
     }
 
     /// Resident units, units of the guest's, and the sectors that are here of units that are not.

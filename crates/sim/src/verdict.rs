@@ -12,7 +12,7 @@ use crate::store::SECTORS;
 use crate::world::World;
 
 impl World {
-    fn said(&self) -> bool {
+    pub fn waits_for_person(&self) -> bool {
         self.src.needs_operator || self.dst.needs_operator.is_some()
     }
 
@@ -22,13 +22,19 @@ impl World {
             && self.dst.driver.up
             && !self.src.daemon.session
             && (!self.dst.daemon.session || self.dst.daemon.only_answers());
-        over || self.said()
+        over || self.waits_for_person()
     }
 
     pub fn not_settled(&mut self) {
         let (source, destination) = (self.src.switch.phase(), self.dst.switch.phase());
         let link = self.src.daemon.life.is_some();
-        let left: u64 = self.dst.daemon.disks.iter().map(|d| d.info().units() - d.resident().len()).sum();
+        let left: u64 = self
+            .dst
+            .daemon
+            .disks
+            .iter()
+            .map(|d| d.info().units() - d.resident().len())
+            .sum();
         self.broken(
             "ends",
             format!(
@@ -42,7 +48,7 @@ impl World {
 
     /// Nothing happens any more.
     pub fn verdict(&mut self) {
-        let outcome = if self.said() {
+        let outcome = if self.waits_for_person() {
             Outcome::Operator
         } else if !self.is_settled() {
             return self.not_settled();
@@ -50,7 +56,8 @@ impl World {
             match self.src.switch.phase() {
                 Phase::Complete => Outcome::Completed,
                 Phase::Cancel | Phase::Rewind | Phase::Prepare => {
-                    if matches!(self.src.journal.last(), Some(Record::Kept { epoch }) if *epoch != crate::source::OWN) {
+                    if matches!(self.src.journal.last(), Some(Record::Kept { epoch }) if *epoch != crate::source::OWN)
+                    {
                         Outcome::Rewound
                     } else {
                         Outcome::Cancelled
@@ -69,7 +76,10 @@ impl World {
 
     fn at_destination(&mut self) {
         if !matches!(self.dst.journal.last(), Some(Record::Completed { .. })) {
-            let what = format!("the source is complete, the destination's journal {:?}", self.dst.journal);
+            let what = format!(
+                "the source is complete, the destination's journal {:?}",
+                self.dst.journal
+            );
             return self.broken("nobody owns it", what);
         }
         self.guest_is(Side::Destination);
@@ -83,7 +93,10 @@ impl World {
             for page in 0..self.guest.memory.len() {
                 let (seen, expected) = (self.dst.qemu.placed[page], self.guest.memory[page]);
                 if seen != Some(expected) {
-                    self.broken("reads", format!("page {page} holds {seen:?}, not {expected}"));
+                    self.broken(
+                        "reads",
+                        format!("page {page} holds {seen:?}, not {expected}"),
+                    );
                 }
             }
         }
@@ -91,12 +104,21 @@ impl World {
 
     fn at_source(&mut self) {
         let last = self.dst.journal.last();
-        if !matches!(last, None | Some(Record::Refused { .. } | Record::Preparing { .. })) {
-            let what = format!("the source keeps the machine, the destination's journal is {:?}", self.dst.journal);
+        if !matches!(
+            last,
+            None | Some(Record::Refused { .. } | Record::Preparing { .. })
+        ) {
+            let what = format!(
+                "the source keeps the machine, the destination's journal is {:?}",
+                self.dst.journal
+            );
             return self.broken("two owners", what);
         }
         if self.dst.made || !matches!(self.dst.qemu.state, QemuState::None | QemuState::Gone) {
-            self.broken("half done", "the destination keeps what was made for the machine");
+            self.broken(
+                "half done",
+                "the destination keeps what was made for the machine",
+            );
         }
         self.guest_is(Side::Source);
         for disk in 0..self.src.stores.len() {
@@ -109,7 +131,10 @@ impl World {
             }
         }
         if !self.guest.dead && self.src.qemu.memory != self.guest.memory {
-            self.broken("reads", "the guest's memory at the source is not what it was");
+            self.broken(
+                "reads",
+                "the guest's memory at the source is not what it was",
+            );
         }
     }
 
@@ -123,11 +148,17 @@ impl World {
             Side::Destination => self.dst.qemu.state == QemuState::Running,
         };
         if !runs || self.guest.at != Some(side) {
-            let what = format!("the {side:?} owns the machine, whose guest is at {:?}", self.guest.at);
+            let what = format!(
+                "the {side:?} owns the machine, whose guest is at {:?}",
+                self.guest.at
+            );
             return self.broken("nobody runs it", what);
         }
         if let Some(thread) = self.guest.threads.iter().find(|t| **t != Thread::Done) {
-            let what = format!("a thread of the guest is {thread:?} for ever; requests {:?}", self.guest.ops);
+            let what = format!(
+                "a thread of the guest is {thread:?} for ever; requests {:?}",
+                self.guest.ops
+            );
             self.broken("ends", what);
         }
     }

@@ -18,7 +18,7 @@ use crate::guest::{Guest, OpId};
 use crate::link::{ConnId, LifeId, Link, Side};
 use crate::message::Message;
 use crate::rng::Rng;
-use crate::scenario::{SECOND, Scenario};
+use crate::scenario::{SECOND, Scenario, When};
 use crate::source::SourceHost;
 
 /// Something that happens at a time. Numbers named `daemon` are lives of a daemon.
@@ -125,6 +125,9 @@ pub struct World {
     /// Phases that a side has been in, for mishaps that wait for one.
     pub seen: BTreeSet<(Side, Phase)>,
     pub armed: BTreeSet<usize>,
+    pub steps_of_tasks: [u32; 2],
+    /// The epoch that a source has durably promised.
+    pub promised: Epoch,
     /// The highest epoch under which a guest was let run.
     pub highest: Epoch,
     /// Disk accesses fail until then, by side.
@@ -138,6 +141,9 @@ pub struct World {
 
 /// A run that has not ended so long after its last mishap never will.
 pub const FAIR: u64 = 400 * SECOND;
+
+/// How long a kernel tries to deliver what a closed connection still held.
+const KERNEL_GOES_ON: u64 = 60 * SECOND;
 
 /// More events than any run needs.
 const MOST_EVENTS: u64 = 2_000_000;
@@ -170,6 +176,8 @@ impl World {
             trace: traced.then(Vec::new),
             seen: BTreeSet::new(),
             armed: BTreeSet::new(),
+            steps_of_tasks: [0; 2],
+            promised: Epoch(0),
             highest: Epoch(0),
             errors_until: [0; 2],
             last_mishap: 0,
@@ -222,8 +230,13 @@ impl World {
                 self.broken("ends", "the run goes on for ever");
                 break;
             }
-            if self.now > self.last_mishap.max(20 * SECOND) + FAIR && !self.is_settled() {
-                self.not_settled();
+            // A state that waits for a person lasts for ever.
+            let fair = if self.waits_for_person() {
+                FAIR / 10
+            } else {
+                FAIR
+            };
+            if self.now > self.last_mishap.max(20 * SECOND) + fair {
                 break;
             }
             self.handle(event);
@@ -239,7 +252,7 @@ impl World {
             self.after(wait, Event::Think(thread));
         }
         for n in 0..self.scenario.mishaps.len() {
-            if let crate::scenario::When::At(time) = self.scenario.mishaps[n].when {
+            if let When::At(time) = self.scenario.mishaps[n].when {
                 self.at(time, Event::Mishap(n));
             }
         }
@@ -305,7 +318,14 @@ impl World {
             return;
         }
         self.link.end(life, side);
-        let mut until = self.link.last_arrival(life, side).max(self.now + self.link.path.delay);
+        // A kernel goes on with what it was given before the end, if it can.
+        let begin = self
+            .now
+            .max(self.link.outage_until.min(self.now + KERNEL_GOES_ON));
+        let mut until = self
+            .link
+            .last_arrival(life, side)
+            .max(begin + self.link.path.delay);
         if abruptly {
             until = self.now + self.chances.link.below(until - self.now + 1);
         }
@@ -325,7 +345,8 @@ impl World {
         self.note(|| format!("{side:?} notices that life {life} is over"));
         self.link.end(life, side);
         // The other end hears of it, if only much later.
-        self.link.silence(life, side, self.now + self.link.path.delay);
+        self.link
+            .silence(life, side, self.now + self.link.path.delay);
         self.after(self.link.path.delay, Event::Notice(life, side.other()));
         match side {
             Side::Source => self.source_life_ended(life),
@@ -348,7 +369,10 @@ impl World {
     pub fn may_run(&mut self, side: Side, epoch: Epoch) {
         let (here, there) = (side, side.other());
         if self.guest.runs_at(there) {
-            self.broken("two owners", format!("the guest runs at the {here:?} while it runs at the {there:?}"));
+            self.broken(
+                "two owners",
+                format!("the guest runs at the {here:?} while it runs at the {there:?}"),
+            );
         }
         if epoch < self.highest {
             self.broken(
@@ -366,13 +390,19 @@ impl World {
             self.note(|| format!("{side:?} is in {phase}"));
             self.coverage.phase(side, phase);
         }
+        self.arm_for(|when| match when {
+            When::Phase(s, p, wait) if new && (s, p) == (side, phase) => Some(wait),
+            When::Step(s, at) if s == side && at == steps => Some(0),
+            _ => None,
+        });
+    }
+
+    /// Arms what is to happen so long after this.
+    pub fn arm_for(&mut self, wait: impl Fn(When) -> Option<u64>) {
         for n in 0..self.scenario.mishaps.len() {
-            let wait = match self.scenario.mishaps[n].when {
-                crate::scenario::When::Phase(s, p, wait) if new && (s, p) == (side, phase) => wait,
-                crate::scenario::When::Step(s, at) if s == side && at == steps => 0,
-                _ => continue,
-            };
-            if self.armed.insert(n) {
+            if let Some(wait) = wait(self.scenario.mishaps[n].when)
+                && self.armed.insert(n)
+            {
                 self.after(wait, Event::Mishap(n));
             }
         }

@@ -1,0 +1,5 @@
+//! Whole migrations under virtual time, and the switchover's states one by one.
+
+#[cfg(feature = "faults")]
+mod deliberate_faults;
+mod schedules;
