@@ -8,6 +8,7 @@ mod arrows;
 mod artifacts;
 mod dependencies;
 mod error;
+mod faults;
 mod fuzz;
 mod kernel;
 mod layout;
@@ -37,6 +38,8 @@ The project's own commands.
       --only STEP[,STEP...]              these steps only
       --keep-going                       run the later steps although one failed
       --list                             name the steps and end
+  cargo xtask sim --seed S               one run of the simulator, with all that happens in it
+  cargo xtask sim --runs N [--from S]    many, on all cores, until one breaks a promise
   cargo xtask demo [ARGS...]             build the release binaries and show a machine being moved
   cargo xtask bench NAME [ARGS...]       build the release binaries and run one benchmark of the laboratory
 ";
@@ -66,6 +69,7 @@ fn dispatch(args: &[String]) -> Result<(), Error> {
             "setup" if rest.is_empty() => setup::everything(&workspace),
             "setup" => Err(Error::Usage("setup takes no arguments".into())),
             "test" => test::run(&workspace, rest),
+            "sim" => faults::simulate(&workspace, rest),
             "demo" | "bench" => artifacts::exec_lab(&workspace, args),
             "help" | "--help" | "-h" => {
                 print!("{USAGE}");

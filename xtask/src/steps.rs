@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::process;
 use crate::tools;
 use crate::workspace::Workspace;
-use crate::{arrows, dependencies, fuzz, layout};
+use crate::{arrows, dependencies, faults, fuzz, layout};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -19,11 +19,12 @@ pub enum Step {
     Docs,
     Doctests,
     Fuzz,
+    Faults,
     Tests,
 }
 
 impl Step {
-    pub const ALL: [Step; 10] = [
+    pub const ALL: [Step; 11] = [
         Step::Fmt,
         Step::Layout,
         Step::Arrows,
@@ -33,6 +34,7 @@ impl Step {
         Step::Docs,
         Step::Doctests,
         Step::Fuzz,
+        Step::Faults,
         Step::Tests,
     ];
 
@@ -47,6 +49,7 @@ impl Step {
             Step::Docs => "docs",
             Step::Doctests => "doctests",
             Step::Fuzz => "fuzz",
+            Step::Faults => "faults",
             Step::Tests => "tests",
         }
     }
@@ -66,13 +69,19 @@ impl Step {
             Step::Fuzz => {
                 "the fuzz targets of NBD: a minute from the stored seeds, guided by coverage"
             }
+            Step::Faults => {
+                "the simulator finds each deliberate fault of the engine, and what is shipped has none"
+            }
             Step::Tests => "unit, property and end-to-end tests",
         }
     }
 
     /// Left out by `--quick`.
     pub fn is_slow(self) -> bool {
-        matches!(self, Step::Deny | Step::Docs | Step::Doctests | Step::Fuzz)
+        matches!(
+            self,
+            Step::Deny | Step::Docs | Step::Doctests | Step::Fuzz | Step::Faults
+        )
     }
 }
 
@@ -93,6 +102,11 @@ const CRASH_SCHEDULES: &str = "WHIMBREL_CRASH_SCHEDULES";
 /// A core's work of about 40 s, beside the guests.
 const ALL_CRASH_SCHEDULES: &str = "10000";
 
+/// Schedules of the simulator (`crates/sim/tests/simulated/schedules.rs`), which runs few of them by itself.
+const SIM_SCHEDULES: &str = "WHIMBREL_SIM_SCHEDULES";
+/// Both cores' work of about half a minute.
+const ALL_SIM_SCHEDULES: &str = "25000";
+
 /// Every step but the tests.
 pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
     let mut cargo = workspace.cargo();
@@ -101,6 +115,7 @@ pub fn run_check(step: Step, workspace: &Workspace) -> Result<(), Error> {
         Step::Arrows => return arrows::check(workspace),
         Step::Dependencies => return dependencies::check(workspace),
         Step::Fuzz => return fuzz::run(workspace),
+        Step::Faults => return faults::check(workspace),
         Step::Fmt => cargo.args(["fmt", "--all", "--check"]),
         Step::Deny => {
             let Some(program) = tools::find_cargo_deny(workspace) else {
@@ -183,6 +198,7 @@ pub fn run_tests(
     artifacts.export(&mut cargo);
     if !selection.quick {
         cargo.env(CRASH_SCHEDULES, ALL_CRASH_SCHEDULES);
+        cargo.env(SIM_SCHEDULES, ALL_SIM_SCHEDULES);
     }
     match process::run(&mut cargo) {
         Err(Error::Child { .. }) => Err(Error::TestsFailed),

@@ -103,7 +103,7 @@ impl std::fmt::Display for Phase {
 }
 
 /// What a daemon journals, durably, before it acts on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "record")]
 pub enum Record {
     /// Source: a migration away from here began; the machine is ours under `epoch`.
@@ -125,7 +125,7 @@ pub enum Record {
 }
 
 /// What the two sides say to each other about ownership.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Say {
     /// Source: make ready to take the machine under this epoch.
     Prepare { epoch: Epoch },
@@ -148,7 +148,7 @@ pub enum Say {
 }
 
 /// What a state machine tells its daemon to do, in this order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Make this durable before going on.
     Journal(Record),
@@ -194,7 +194,7 @@ pub enum SourceEvent {
     Heard(Say),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum SourceState {
     Idle,
     Preparing,
@@ -206,7 +206,7 @@ enum SourceState {
 }
 
 /// The source's half.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
     /// The epoch under which the machine is ours.
     own: Epoch,
@@ -389,8 +389,13 @@ impl Source {
                     Action::Drain,
                 ]
             }
+            (SourceState::Granted, SourceEvent::Heard(Say::Refused { .. }))
+                if faulty!(RefusalIgnored) =>
+            {
+                vec![]
+            }
             (SourceState::Granted, SourceEvent::Heard(Say::Refused { epoch }))
-                if (epoch == offered || faulty!(OldEpochAccepted)) && !faulty!(RefusalIgnored) =>
+                if epoch == offered || faulty!(OldEpochAccepted) =>
             {
                 self.keep(Phase::Rewind)
             }
@@ -447,7 +452,7 @@ pub enum DestinationEvent {
     Heard(Say),
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum DestinationState {
     Idle,
     Preparing,
@@ -460,7 +465,7 @@ enum DestinationState {
 }
 
 /// The destination's half.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination {
     epoch: Epoch,
     state: DestinationState,

@@ -178,7 +178,7 @@ pub struct DestinationHost {
 impl DestinationHost {
     pub fn new(scenario: &Scenario) -> Self {
         DestinationHost {
-            driver: Driver::new(),
+            driver: Driver::idle(),
             daemon: DestinationDaemon::new(scenario.ram),
             switch: Destination::new(Epoch(0)),
             journal: Vec::new(),

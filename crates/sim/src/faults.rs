@@ -20,6 +20,8 @@ pub enum DriverFault {
     PartsForgottenAtRestart,
     /// After a reconnect the source takes what it says to be stale for held.
     StaleTakenForHeld,
+    /// A restarted source takes for held what a destination holds that has not evicted what is stale.
+    UnknownTakenForHeld,
     /// On a new connection the source speaks of empty units before it says the grant again.
     EmptyBeforeGrant,
     /// The destination lets RAM in before it has evicted what is stale.
@@ -35,7 +37,7 @@ pub enum DriverFault {
 }
 
 impl DriverFault {
-    pub const ALL: [DriverFault; 13] = [
+    pub const ALL: [DriverFault; 14] = [
         DriverFault::GrantNotDurable,
         DriverFault::FlushBeforeResidency,
         DriverFault::ResidencyBeforeData,
@@ -43,6 +45,7 @@ impl DriverFault {
         DriverFault::DiscardLost,
         DriverFault::PartsForgottenAtRestart,
         DriverFault::StaleTakenForHeld,
+        DriverFault::UnknownTakenForHeld,
         DriverFault::EmptyBeforeGrant,
         DriverFault::GateLeftOpen,
         DriverFault::RefusedUnasked,

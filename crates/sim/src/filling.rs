@@ -496,7 +496,7 @@ impl World {
             FlushStage::Append => {
                 if journal {
                     self.dst.residency[disk].append(&[]);
-                    flush.records = self.dst.residency[disk].len();
+                    flush.records = self.dst.residency[disk].records();
                     if self.has(DriverFault::ResidencyBeforeData) {
                         self.dst.residency[disk].barrier_durable(flush.records);
                     }

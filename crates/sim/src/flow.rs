@@ -171,23 +171,25 @@ impl World {
         let ram = self.ram_space();
         let infos: Vec<SpaceInfo> = self.src.daemon.out.infos().cloned().collect();
         let keep_stale = self.has(DriverFault::StaleTakenForHeld);
+        let unknown_is_held = self.has(DriverFault::UnknownTakenForHeld);
         let daemon = &mut self.src.daemon;
         let Some(life) = &mut daemon.life else { return };
         let mut said = std::mem::take(&mut life.holdings);
         for info in infos {
             let none = UnitSet::empty(info.units());
             let mut held = said.remove(&info.id).unwrap_or_else(|| none.clone());
-            daemon.handed[usize::from(info.id.0)] = none;
+            daemon.handed[usize::from(info.id.0)] = none.clone();
             if info.id == ram && changing {
                 daemon.out.peer_received(info.id, &held);
                 continue;
             }
-            if info.id == ram
-                && !life.evicted
-                && !keep_stale
-                && let Some(vain) = &daemon.outdated
-            {
-                held.subtract(vain);
+            if info.id == ram && !life.evicted {
+                match &daemon.outdated {
+                    Some(vain) if !keep_stale => held.subtract(vain),
+                    // Only an earlier daemon knew what of it is stale.
+                    None if daemon.ram.is_none() && !unknown_is_held => held = none,
+                    _ => {}
+                }
             }
             daemon.out.peer_has(info.id, &held);
         }

@@ -142,7 +142,13 @@ impl World {
             self.guest.threads[thread] = Thread::Done;
             return;
         }
-        if !runs {
+        // Half of what it does it does after the move, if there is one.
+        let moving = self.guest.at == Some(Side::Source)
+            && self.src.daemon.session
+            && self.src.daemon.over.is_none()
+            && !self.src.switch.phase().is_final();
+        let rests = moving && self.guest.left[thread] <= self.scenario.operations / 2;
+        if !runs || rests {
             self.guest.threads[thread] = Thread::Asleep;
             return;
         }
@@ -150,7 +156,7 @@ impl World {
         if self.chances.guest.percent(self.scenario.memory) {
             // Some pages are read only, as programs are.
             let page = self.chances.guest.zipf(self.scenario.ram);
-            let write = page % 3 != 0 && self.chances.guest.percent(50);
+            let write = !page.is_multiple_of(3) && self.chances.guest.percent(50);
             self.touch(thread, page, write);
         } else {
             self.request(thread);
@@ -226,6 +232,9 @@ impl World {
         let hot = rng.zipf(sectors.div_ceil(SECTORS)) * SECTORS;
         let (sector, len) = match (kind, rng.below(3)) {
             (Kind::Flush, _) => (0, 0),
+            (Kind::Read | Kind::Write, _) if self.scenario.crowded => {
+                (rng.below(2 * SECTORS), rng.between(1, 4))
+            }
             (Kind::Discard, _) | (_, 0) => (hot, SECTORS * rng.between(1, 3)),
             (_, 1) => (hot + rng.below(SECTORS), rng.between(1, 7)),
             (_, _) => (rng.below(sectors), rng.between(1, 4 * SECTORS)),

@@ -98,6 +98,11 @@ impl World {
         }
         if was_there && !self.guest.dead {
             self.guest_dies(true);
+        } else if self.guest.dead && (side == Side::Destination) == self.guest.ran_there {
+            // Of a guest that had died before, what it wrote and did not flush.
+            for oracle in &mut self.guest.oracles {
+                oracle.power_cut(std::iter::empty());
+            }
         }
     }
 

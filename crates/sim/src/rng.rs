@@ -9,11 +9,11 @@ impl Rng {
     /// `stream` tells the parts of a run apart.
     pub fn new(seed: u64, stream: u64) -> Self {
         let mut rng = Rng(seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        rng.next();
+        rng.draw();
         rng
     }
 
-    pub fn next(&mut self) -> u64 {
+    fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,7 +23,7 @@ impl Rng {
 
     /// A number in `0..n`; 0 if `n` is 0.
     pub fn below(&mut self, n: u64) -> u64 {
-        if n == 0 { 0 } else { self.next() % n }
+        if n == 0 { 0 } else { self.draw() % n }
     }
 
     /// A number in `from..=to`.
@@ -42,13 +42,13 @@ impl Rng {
 
     /// A rank in `0..n` of which low ones are likely (Zipf's law with exponent 1, nearly).
     pub fn zipf(&mut self, n: u64) -> u64 {
-        let u = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
+        let u = (self.draw() >> 11) as f64 / (1u64 << 53) as f64;
         ((n as f64).powf(u) as u64).saturating_sub(1).min(n - 1)
     }
 
     /// Of a magnitude between `from` and `to`, every magnitude being as likely as the others.
     pub fn scaled(&mut self, from: u64, to: u64) -> u64 {
-        let u = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
+        let u = (self.draw() >> 11) as f64 / (1u64 << 53) as f64;
         (from as f64 * (to as f64 / from as f64).powf(u)) as u64
     }
 }

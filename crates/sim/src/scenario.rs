@@ -118,6 +118,8 @@ pub struct Scenario {
     /// Operations of each.
     pub operations: u32,
     pub think: u64,
+    /// The guest's requests crowd in a few units.
+    pub crowded: bool,
     /// Of a hundred operations, so many are of memory, and of those of disks so many write.
     pub memory: u64,
     pub writes: u64,
@@ -154,6 +156,7 @@ impl Scenario {
             threads: rng.between(1, 6) as u32,
             operations: rng.between(10, 60) as u32,
             think: rng.scaled(50 * US, 60 * MS),
+            crowded: rng.percent(25),
             memory: rng.pick(&[20, 50, 80]),
             writes: rng.pick(&[20, 50, 90]),
             path: Path {

@@ -172,7 +172,7 @@ impl SourceHost {
             store
         });
         SourceHost {
-            driver: Driver::new(),
+            driver: Driver::idle(),
             powered: true,
             daemon: SourceDaemon::new(),
             switch: Source::new(OWN),

@@ -106,7 +106,7 @@ impl Residency {
     }
 
     /// Records in the log, for a barrier to cover.
-    pub fn len(&self) -> usize {
+    pub fn records(&self) -> usize {
         self.log.len()
     }
 

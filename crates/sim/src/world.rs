@@ -424,7 +424,7 @@ pub struct Driver<T> {
 }
 
 impl<T> Driver<T> {
-    pub fn new() -> Self {
+    pub fn idle() -> Self {
         Driver {
             up: true,
             daemon: 1,

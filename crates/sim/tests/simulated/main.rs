@@ -2,4 +2,5 @@
 
 #[cfg(feature = "faults")]
 mod deliberate_faults;
+mod every_state;
 mod schedules;

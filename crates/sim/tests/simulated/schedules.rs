@@ -37,14 +37,9 @@ fn no_schedule_of_mishaps_breaks_a_promise() {
     println!("{total}");
     assert_eq!(total.runs, count);
     if count >= FEW {
-        for kind in 0..KINDS.len() {
-            let struck: u64 = total
-                .struck
-                .iter()
-                .filter(|(key, _)| key.0 == kind)
-                .map(|(_, n)| n)
-                .sum();
-            assert!(struck > 0, "{} never happened", KINDS[kind]);
+        for (kind, name) in KINDS.iter().enumerate() {
+            let struck = total.struck.keys().any(|key| key.0 == kind);
+            assert!(struck, "{name} never happened");
         }
         for outcome in [Outcome::Completed, Outcome::Cancelled, Outcome::Rewound] {
             assert!(total.outcomes.contains_key(&outcome), "no run {outcome:?}");
