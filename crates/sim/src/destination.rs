@@ -213,6 +213,7 @@ impl World {
     pub fn begin_incoming(&mut self) {
         self.dst.daemon = DestinationDaemon::new(self.scenario.ram);
         self.dst.daemon.session = true;
+        self.dst.switch = Destination::new(Epoch(0));
         if !self.dst.journal.is_empty() {
             let (destination, _) = Destination::recover(&self.dst.journal);
             self.dst.daemon.refused = true;
