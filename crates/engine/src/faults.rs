@@ -14,8 +14,6 @@ pub enum Fault {
     PartialWriteForgotten,
     /// The guest's first write to a unit that a copy made resident has no record.
     NoRecordOfWrite,
-    /// A record counts as written when it is asked for.
-    RecordTakenForWritten,
     /// Messages of other epochs are heeded.
     OldEpochAccepted,
     /// Stale pages stay.
@@ -43,12 +41,11 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 17] = [
+    pub const ALL: [Fault; 16] = [
         Fault::ResidentBeforeData,
         Fault::LateCopyStored,
         Fault::PartialWriteForgotten,
         Fault::NoRecordOfWrite,
-        Fault::RecordTakenForWritten,
         Fault::OldEpochAccepted,
         Fault::StaleNotEvicted,
         Fault::VainNotSentAgain,

@@ -331,11 +331,6 @@ impl SpaceIn {
                     .flat_map(|gap| self.resident.runs_within(gap).collect::<Vec<_>>())
                     .collect()
             };
-            if faulty!(RecordTakenForWritten) {
-                for &run in &unrecorded {
-                    self.journalled.insert(run);
-                }
-            }
             done.changes
                 .extend(unrecorded.into_iter().map(Change::Written));
         }

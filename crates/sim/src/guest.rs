@@ -232,8 +232,10 @@ impl World {
         let hot = rng.zipf(sectors.div_ceil(SECTORS)) * SECTORS;
         let (sector, len) = match (kind, rng.below(3)) {
             (Kind::Flush, _) => (0, 0),
+            // Unit after unit, each by several threads at once.
             (Kind::Read | Kind::Write, _) if self.scenario.crowded => {
-                (rng.below(2 * SECTORS), rng.between(1, 4))
+                let unit = self.guest.next_op / 3 % sectors.div_ceil(SECTORS);
+                (unit * SECTORS + rng.below(SECTORS), rng.between(1, 2))
             }
             (Kind::Discard, _) | (_, 0) => (hot, SECTORS * rng.between(1, 3)),
             (_, 1) => (hot + rng.below(SECTORS), rng.between(1, 7)),

@@ -118,7 +118,7 @@ pub struct Scenario {
     /// Operations of each.
     pub operations: u32,
     pub think: u64,
-    /// The guest's requests crowd in a few units.
+    /// The guest's requests crowd in one unit after the other.
     pub crowded: bool,
     /// Of a hundred operations, so many are of memory, and of those of disks so many write.
     pub memory: u64,
@@ -182,6 +182,18 @@ impl Scenario {
             let what = mishap(&mut rng);
             scenario.mishaps.push(Planned { when, what });
         }
+        if rng.percent(10) {
+            // Both sides of the switchover at once: a window of milliseconds that chance seldom meets.
+            let wait = rng.below(scenario.durable);
+            scenario.durable = 20 * MS;
+            scenario.mishaps.push(Planned {
+                when: When::Phase(Side::Destination, Phase::Accept, wait),
+                what: Mishap::Crash {
+                    side: Side::Source,
+                    down: rng.scaled(MS, 8 * MS),
+                },
+            });
+        }
         scenario
     }
 
@@ -224,7 +236,8 @@ impl Scenario {
 
 fn mishap(rng: &mut Rng) -> Mishap {
     let side = rng.pick(&[Side::Source, Side::Destination]);
-    let down = rng.scaled(MS, 20 * SECOND);
+    let longest = rng.pick(&[10 * MS, 20 * SECOND, 20 * SECOND]);
+    let down = rng.scaled(MS, longest);
     match rng.below(32) {
         0..8 => Mishap::Crash { side, down },
         8..13 => Mishap::PowerCut { side, down },

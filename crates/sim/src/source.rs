@@ -120,8 +120,6 @@ pub struct SourceHost {
     pub stores: Vec<Store>,
     pub frozen: bool,
     pub qemu: SourceQemu,
-    /// What was told to a person.
-    pub needs_operator: bool,
 }
 
 /// The spaces of the disks.
@@ -183,7 +181,6 @@ impl SourceHost {
             stores: stores.collect(),
             frozen: false,
             qemu: SourceQemu::new((0..scenario.ram).map(|_| fresh(rng)).collect()),
-            needs_operator: false,
         }
     }
 }

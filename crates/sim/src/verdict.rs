@@ -13,7 +13,7 @@ use crate::world::World;
 
 impl World {
     pub fn waits_for_person(&self) -> bool {
-        self.src.needs_operator || self.dst.needs_operator.is_some()
+        self.dst.needs_operator.is_some()
     }
 
     /// Whether neither daemon has anything left to do.

@@ -7,7 +7,7 @@ use whimbrel_sim::run::run;
 use whimbrel_sim::scenario::Scenario;
 
 /// Far more than any fault needs.
-const MOST_SEEDS: u64 = 60_000;
+const MOST_SEEDS: u64 = 40_000;
 
 /// The first seed that breaks a promise, and the promise.
 fn found(fault: Option<DriverFault>) -> Option<(u64, String)> {
