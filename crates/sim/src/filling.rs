@@ -572,7 +572,7 @@ impl World {
             }
         }
         self.guest.flushing[side.index()].clear();
-        if self.guest.dead {
+        if self.guest.dead && (side == Side::Destination) == self.guest.ran_there {
             self.guest.ops.clear();
         }
         if self.guest.at == Some(side) {

@@ -423,9 +423,9 @@ impl Model for Switchover {
 #[test]
 fn in_every_state_one_host_owns_the_machine_and_a_fair_run_ends() {
     let left = Left {
-        source_crashes: 1,
-        destination_crashes: 1,
-        cuts: 2,
+        source_crashes: 2,
+        destination_crashes: 2,
+        cuts: 1,
         cancels: 1,
         source_failures: 1,
         destination_failures: 1,
