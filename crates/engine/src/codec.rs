@@ -17,8 +17,9 @@
 //! # What is measured, and how
 //! - `pack` and `share` from each batch that is packed. But content differs from batch to batch, and machines
 //!   from minute to minute, so what one level costs and gains more than another is taken only from batches
-//!   packed with both: a *probe*, two batches a second, at the level above and the one
-//!   below the level in use by turns. While nothing is packed, probes tell whether it would be worth it.
+//!   packed with both: a *probe*, two batches a second, at one level after the other, but those
+//!   beyond hope: the best one need not be next to the one in use. While nothing is packed, probes tell
+//!   whether it would be worth it.
 //! - `link`: what went over it while push had to wait for its turn. If it did not wait, the link carries more
 //!   than that, by how much is not known: what is allowed bounds it, and what was measured before is raised
 //!   until push waits again.
@@ -63,6 +64,9 @@ const PRICE: f64 = 0.25;
 
 /// Between two probes, in microseconds.
 const PROBE: u64 = 500_000;
+
+/// A level that would take so many times as long as the codec in use is not probed.
+const HOPELESS: f64 = 3.0;
 
 /// The link is measured over this time.
 const WINDOW: f64 = 0.1;
@@ -196,7 +200,8 @@ pub struct Chooser {
     current: Option<usize>,
     decided: Option<u64>,
     probed: u64,
-    probe_up: bool,
+    /// An index of [`LEVELS`].
+    last_probe: usize,
     /// Seconds a byte where `slowness` is 1.
     cost: [f64; LEVELS.len()],
     /// How much dearer everything is here and now.
@@ -237,7 +242,7 @@ impl Chooser {
             current: None,
             decided: None,
             probed: 0,
-            probe_up: false,
+            last_probe: 0,
             cost: USUAL.map(|(nanos, _)| nanos * 1e-9),
             slowness: 1.0,
             size: USUAL.map(|(_, size)| size),
@@ -277,7 +282,7 @@ impl Chooser {
         let mut probe = None;
         if now.saturating_sub(self.probed) >= PROBE {
             self.probed = now;
-            probe = self.neighbour();
+            probe = self.next_probe(allowed);
         }
         Choice {
             codec: self
@@ -287,19 +292,15 @@ impl Chooser {
         }
     }
 
-    /// What to probe: one up and one down in turns; while nothing is packed, the quickest level.
-    fn neighbour(&mut self) -> Option<usize> {
-        let Some(current) = self.current else {
-            return Some(0);
-        };
-        self.probe_up = !self.probe_up;
-        let up = (current + 1).min(LEVELS.len() - 1);
-        let down = current.saturating_sub(1);
-        let wanted = if self.probe_up { up } else { down };
-        match wanted == current {
-            true => [up, down].into_iter().find(|&c| c != current),
-            false => Some(wanted),
-        }
+    /// What to probe: all levels in turn, but those beyond hope. If all are, the quickest: hope comes back.
+    fn next_probe(&mut self, allowed: f64) -> Option<usize> {
+        let hopeless = HOPELESS * self.time(self.current, allowed);
+        let after = (1..=LEVELS.len()).map(|n| (self.last_probe + n) % LEVELS.len());
+        let worth = |&c: &usize| Some(c) != self.current && self.time(Some(c), allowed) < hopeless;
+        let found = after.clone().find(worth);
+        let chosen = found.or_else(|| self.current.is_none().then_some(0));
+        self.last_probe = chosen.unwrap_or(self.last_probe);
+        chosen
     }
 
     fn cost(&self, codec: Option<usize>) -> f64 {
