@@ -57,10 +57,10 @@ const PROBE_WEIGHT: f64 = 0.4;
 
 /// A codec stays in use so long at least, in microseconds, and gives way only to one so much better.
 const HOLD: u64 = 250_000;
-const BETTER: f64 = 0.93;
+const BETTER: f64 = 0.94;
 
 /// The price of the sender's time besides the time it takes.
-const PRICE: f64 = 0.25;
+const PRICE: f64 = 0.15;
 
 /// Between two probes, in microseconds.
 const PROBE: u64 = 500_000;

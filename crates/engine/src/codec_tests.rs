@@ -168,7 +168,7 @@ fn what_is_delivered_is_near_the_best_there_is() {
             run.last,
             share * 100.0
         );
-        assert!(share > 0.92, "{share}");
+        assert!(share > 0.9, "{share}");
         let flips = run.changes - settled;
         assert!(flips <= 4, "{flips} changes on a link of {link} B/s");
     }
