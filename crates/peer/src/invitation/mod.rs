@@ -1,7 +1,7 @@
 //! `invitations.toml`: what this host has invited others with, and what became of it.
 //!
 //! An invitation lets *one* host that this one has never seen become a trusted peer: whoever proves to
-//! hold its secret ([`proof`](self::proof)) before it expires. The secret is in the [`Token`] alone; the
+//! hold its secret (`proof.rs`) before it expires. The secret is in the [`Token`] alone; the
 //! file holds only what a proof is checked against. It is read anew each time, under a lock, so a
 //! command may invite while the daemon runs and an invitation outlives the daemon that made it.
 //!
