@@ -260,6 +260,7 @@ impl Daemon {
             pace: pace.clone(),
             pushes: 0,
             easing: easing.clone(),
+            taken_up: true,
             compress: view.compress,
             ram_changes: changes,
         };
@@ -384,6 +385,7 @@ impl Daemon {
                 pace: pace.clone(),
                 pushes: 1,
                 easing: easing.clone(),
+                taken_up: true,
                 compress,
                 ram_changes: changes,
             });

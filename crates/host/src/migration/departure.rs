@@ -66,6 +66,8 @@ pub struct Gear {
     pub easing: Arc<Easing>,
     /// How content is written.
     pub compress: Policy,
+    /// By a daemon that takes the move up, and does not know what of RAM went ahead in vain.
+    pub taken_up: bool,
     /// RAM's content still changes here: set until the stop.
     pub ram_changes: watch::Receiver<bool>,
 }
@@ -454,6 +456,12 @@ async fn control_in(
                         .remove(&info.id)
                         .unwrap_or_else(|| UnitSet::empty(info.units()));
                     let is_ram = matches!(flow.content(info.id), Some(Content::Ram { .. }));
+                    // What of it is about to be evicted, only the daemon before knew.
+                    let held = if is_ram && life.gear.taken_up && !evicted {
+                        UnitSet::empty(info.units())
+                    } else {
+                        held
+                    };
                     let since = match (is_ram && changing, evicted) {
                         (true, _) => Since::Copy,
                         (false, false) => Since::Stop,
@@ -491,9 +499,10 @@ async fn control_in(
                 let permit = jobs.clone().acquire_owned().await;
                 let (flow, mouth) = (flow.clone(), life.mouth.clone());
                 running.spawn(async move {
-                    let same = same_digest(&flow, space, first, &included, digest).await;
-                    let answer = Message::DigestAnswer { space, first, same };
-                    mouth.say(answer).await;
+                    if let Some(same) = same_digest(&flow, space, first, &included, digest).await {
+                        let answer = Message::DigestAnswer { space, first, same };
+                        mouth.say(answer).await;
+                    }
                     drop(permit);
                 });
             }
@@ -523,29 +532,31 @@ async fn peek(flow: &Flow, space: SpaceId, offset: u64, len: u32) -> Option<Vec<
     }
 }
 
+/// `None` where there is nothing to compare with: a source whose move is complete has let go of its disks,
+/// and that is no difference.
 async fn same_digest(
     flow: &Flow,
     space: SpaceId,
     first: u64,
     included: &UnitSet,
     digest: u128,
-) -> bool {
+) -> Option<bool> {
     let Some(Content::Disk(file)) = flow.content(space) else {
-        return false;
+        return None;
     };
     let stretch = Extent::new(first, included.capacity().min(MAX_BITMAP_UNITS));
     if flow
         .units_of(space)
         .is_none_or(|units| stretch.end() > units)
     {
-        return false;
+        return Some(false);
     }
     let ours = whimbrel_volume::digest::digest(&file, stretch, &absolute(stretch, included)).await;
-    match ours {
+    Some(match ours {
         Ok(ours) => ours.hash == digest,
         Err(error) => {
             tracing::warn!(%error, "a stretch cannot be read for verification");
             false
         }
-    }
+    })
 }

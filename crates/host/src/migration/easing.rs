@@ -2,7 +2,7 @@
 //!
 //! The destination tells in [`Message::Felt`](whimbrel_wire::message::Message::Felt) how long its guest's
 //! requests took; the source gathers that for a period and asks the engine's
-//! [`Guard`](whimbrel_engine::guard::Guard) what push may use. Both the decision and the operator's bound are
+//! [`Guard`] what push may use. Both the decision and the operator's bound are
 //! the source's, as everything is that steers a move.
 
 use std::sync::{Mutex, MutexGuard};

@@ -500,6 +500,7 @@ impl Service for Daemon {
             pace: pace.clone(),
             pushes: 1,
             easing: easing.clone(),
+            taken_up: false,
             compress: request.compress,
             ram_changes: changes,
         };

@@ -155,6 +155,8 @@ impl Incoming {
         self.setup.arrivals.refuse();
         self.switch = destination;
         self.known = true;
+        // A source that comes back later is answered by another session.
+        self.over = Some(self.switch.phase());
     }
 
     /// Runs the migration to its end, and stays a little to answer a source that did not hear it.

@@ -121,6 +121,8 @@ pub struct Outgoing {
     refusal: Option<String>,
     ram_taken: bool,
     empties_said: Vec<SpaceId>,
+    /// There was a reconnect since they were said.
+    facts_due: bool,
     /// The destination was told how hot the disks are, and is again whenever it may not have heard.
     heat_said: bool,
     tasks: Vec<AbortOnDropHandle<()>>,
@@ -162,6 +164,7 @@ impl Outgoing {
             refusal: None,
             ram_taken: false,
             empties_said: Vec::new(),
+            facts_due: false,
             heat_said: false,
             tasks: Vec::new(),
             fares: Fares::default(),
@@ -196,6 +199,7 @@ impl Outgoing {
             while let Some(action) = self.todo.pop_front() {
                 self.perform(action).await;
             }
+            self.say_facts_again().await;
             self.setup.board.phase(self.switch.phase());
             if self.may_leave() {
                 break;
@@ -229,14 +233,14 @@ impl Outgoing {
     }
 
     /// Whether the migration is over and the destination had time to hear so: its last question may have
-    /// been lost with a connection, so a link that was up throughout is what counts.
+    /// been lost with a connection, so a link that was up throughout, and heard from, is what counts.
     fn may_leave(&mut self) -> bool {
         if self.over.is_none() || self.switch.cancel_is_unanswered() {
             return false;
         }
         let now = Instant::now();
         let over_since = *self.over_since.get_or_insert(now);
-        let quiet_since = if self.link_up {
+        let quiet_since = if self.link_up && self.setup.link.pulse.is_alive() {
             *self.quiet_since.get_or_insert(now)
         } else {
             self.quiet_since = None;
@@ -283,12 +287,7 @@ impl Outgoing {
                 }
                 self.say_ahead().await;
                 self.event(SourceEvent::LinkUp);
-                for space in std::mem::take(&mut self.empties_said) {
-                    self.say_empty(space).await;
-                }
-                if self.heat_said {
-                    self.say_heat().await;
-                }
+                self.facts_due = true;
             }
             LinkEvent::Down(error) => {
                 if self.link_up {
@@ -312,6 +311,20 @@ impl Outgoing {
                 });
             }
             LinkEvent::Heard(message) => self.message(*message).await,
+        }
+    }
+
+    /// What is empty and how hot the disks are, once more after a reconnect. After the words of ownership: a
+    /// destination reads what is empty only once it has heard the grant, and reads in order.
+    async fn say_facts_again(&mut self) {
+        if !std::mem::take(&mut self.facts_due) {
+            return;
+        }
+        for space in std::mem::take(&mut self.empties_said) {
+            self.say_empty(space).await;
+        }
+        if self.heat_said {
+            self.say_heat().await;
         }
     }
 
