@@ -409,7 +409,7 @@ pub struct Migrate {
     /// How RAM goes
     #[arg(long, value_enum, default_value_t)]
     pub ram: RamArg,
-    /// How content is written: auto (whatever delivers most at the moment), none, or zstd[:LEVEL]
+    /// How content is written: auto (whatever delivers most at the moment), none, zstd or zstd:LEVEL
     #[arg(long, value_name = "CODEC", default_value = "auto")]
     pub compress: Compress,
     /// Return at once instead of showing progress until it is over

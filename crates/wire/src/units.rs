@@ -6,7 +6,7 @@
 //! body: the encoded content of all runs, one after the other
 //! ```
 //!
-//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](crate::pack)). A unit at
+//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](mod@crate::pack)). A unit at
 //! the end of a space that is not a whole number of units travels as a whole unit, padded with zeroes.
 //!
 //! [`Units`] are content; a [`Parcel`] is how they are written this time. Whoever decodes sees content only:
