@@ -2,7 +2,7 @@
 //!
 //! Copies that arrive and the guest share the destination's disk, and demands and push share the source's.
 //! Nothing tells beforehand what a disk can carry beside a guest, so it is found out: the destination tells
-//! every [`PERIOD`] how long the guest's requests took, and the source holds push to a [cap](Guard::cap).
+//! every [period](PERIOD_US) how long the guest's requests took, and the source holds push to a [cap](Guard::cap).
 //!
 //! ```text
 //!   slow            cap = half of what push used, a       then wait until the effect can be seen
