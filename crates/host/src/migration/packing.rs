@@ -179,6 +179,15 @@ pub fn frames(units: Units, codec: Codec, frame_units: u64, packer: &mut Packer)
 
 fn frames_probed(units: Units, choice: Choice, frame_units: u64, packer: &mut Packer) -> Frames {
     let mut all = Frames::default();
+    if units.encoding == Encoding::Zero {
+        // Known to be empty, and not among what has to move: an answer, and no unit sent.
+        all.frames.push(Frame {
+            units: 0,
+            form: Form::Zero,
+            parcel: units.plain(),
+        });
+        return all;
+    }
     let (zero, content) = without_zeroes(units);
     if let Some(zero) = zero {
         all.frames.push(Frame {
@@ -229,9 +238,6 @@ fn pack(content: &Units, level: i32, packer: &mut Packer) -> (Packed, Option<Par
 
 /// Units of zeroes, and the others.
 fn without_zeroes(units: Units) -> (Option<Units>, Option<Units>) {
-    if units.encoding == Encoding::Zero {
-        return (Some(units), None);
-    }
     let unit = UNIT as usize;
     let zeroes: Vec<bool> = units.body.chunks(unit).map(is_zero).collect();
     if !zeroes.contains(&true) {
