@@ -22,6 +22,7 @@ use whimbrel_volume::journal::Journal;
 
 use super::Wants;
 use super::export::{errno, zeroes_of};
+use super::felt::Request;
 use crate::wakers::Wakers;
 
 struct Inner {
@@ -145,13 +146,13 @@ impl Filling {
         }
     }
 
-    /// Waits until the byte range is resident, demanding what is not; whether it was not.
-    async fn have(&self, offset: u64, len: u64) -> bool {
+    /// Waits until the byte range is resident, demanding what is not.
+    async fn have(&self, offset: u64, len: u64, request: &Request<'_>) {
         let units = Extent::touching(offset, len);
         let wait = {
             let mut inner = self.inner();
             match inner.space.read(units, self.now()) {
-                ReadPlan::Ready => return false,
+                ReadPlan::Ready => return,
                 ReadPlan::Wait { ticket, demands } => {
                     self.wants.demand(self.id, &demands);
                     inner.wakers.register(ticket)
@@ -159,15 +160,14 @@ impl Filling {
             }
         };
         // The sender lives as long as the waiting entry; it is dropped unsent only with the whole disk.
+        request.fetches();
         let _ = wait.await;
-        true
     }
 
     pub async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
-        let begun = Instant::now();
-        let fetched = self.have(offset, u64::from(len)).await;
+        let request = self.wants.felt.request();
+        self.have(offset, u64::from(len), &request).await;
         let read = self.file.read(offset, len as usize).await;
-        self.wants.felt.request(begun, fetched);
         read.map_err(|e| errno(&e))
     }
 
@@ -214,13 +214,12 @@ impl Filling {
         request: impl Future<Output = Result<(), Errno>>,
         durably: bool,
     ) -> Result<(), Errno> {
-        let begun = Instant::now();
-        let mut result = request.await;
-        if result.is_ok() && durably {
-            result = self.make_durable().await.map_err(|e| errno(&e));
+        let _counted = self.wants.felt.request();
+        request.await?;
+        if durably {
+            self.make_durable().await.map_err(|e| errno(&e))?;
         }
-        self.wants.felt.request(begun, false);
-        result
+        Ok(())
     }
 
     async fn change(&self, offset: u64, len: u64, what: Deed) -> Result<(), Errno> {
