@@ -147,6 +147,23 @@ pub enum Say {
     Completed { epoch: Epoch },
 }
 
+impl Say {
+    /// The epoch it speaks of.
+    pub fn epoch(self) -> Epoch {
+        match self {
+            Say::Prepare { epoch }
+            | Say::Prepared { epoch }
+            | Say::Grant { epoch }
+            | Say::Accepted { epoch }
+            | Say::Refused { epoch }
+            | Say::Cancel { epoch }
+            | Say::Ask { epoch }
+            | Say::Drained { epoch }
+            | Say::Completed { epoch } => epoch,
+        }
+    }
+}
+
 /// What a state machine tells its daemon to do, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -554,7 +571,7 @@ impl Destination {
         let epoch = self.epoch;
         match (self.state, event) {
             (_, DestinationEvent::Heard(say))
-                if say_epoch(say) != epoch && !faulty!(OldEpochAccepted) =>
+                if say.epoch() != epoch && !faulty!(OldEpochAccepted) =>
             {
                 vec![]
             }
@@ -629,19 +646,5 @@ impl Destination {
             ) => vec![Action::Send(Say::Refused { epoch })],
             _ => vec![],
         }
-    }
-}
-
-fn say_epoch(say: Say) -> Epoch {
-    match say {
-        Say::Prepare { epoch }
-        | Say::Prepared { epoch }
-        | Say::Grant { epoch }
-        | Say::Accepted { epoch }
-        | Say::Refused { epoch }
-        | Say::Cancel { epoch }
-        | Say::Ask { epoch }
-        | Say::Drained { epoch }
-        | Say::Completed { epoch } => epoch,
     }
 }

@@ -359,7 +359,7 @@ impl World {
             }
             Message::Own(say) => {
                 if unknown {
-                    self.dst.switch = Destination::new(epoch_of(say));
+                    self.dst.switch = Destination::new(say.epoch());
                 }
                 self.destination_handle(DestinationEvent::Heard(say));
             }
@@ -755,19 +755,5 @@ impl World {
         for page in self.dst.qemu.wanted.clone() {
             self.page_wanted(page);
         }
-    }
-}
-
-fn epoch_of(say: Say) -> Epoch {
-    match say {
-        Say::Prepare { epoch }
-        | Say::Prepared { epoch }
-        | Say::Grant { epoch }
-        | Say::Accepted { epoch }
-        | Say::Refused { epoch }
-        | Say::Cancel { epoch }
-        | Say::Ask { epoch }
-        | Say::Drained { epoch }
-        | Say::Completed { epoch } => epoch,
     }
 }

@@ -4,9 +4,11 @@
 //! crash is the last one and was not acted on, so it is dropped; damage before that is an error, because
 //! what it said decides who owns the machine.
 
+use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use whimbrel_engine::codec::Policy;
 use whimbrel_engine::switchover::Record;
@@ -34,38 +36,43 @@ const COMPRESS: &str = "compress";
 
 /// Keeps the migration's limit, for a daemon that takes it up.
 pub fn save_bandwidth(folder: &Path, limit: RateLimit) -> Result<(), StateError> {
-    StateDir::replace_file(&folder.join(BANDWIDTH), limit.to_string().as_bytes())
+    keep(folder, BANDWIDTH, limit)
 }
 
 /// The limit that was kept; none if there is nothing, or nothing that can be understood.
 pub fn read_bandwidth(folder: &Path) -> RateLimit {
-    let text = StateDir::read_text(&folder.join(BANDWIDTH)).ok().flatten();
-    let limit = text.and_then(|text| text.trim().parse().ok());
-    limit.unwrap_or_default()
+    kept(folder, BANDWIDTH)
 }
 
 /// Keeps the bound on the guest's latency, for a daemon that takes the migration up.
 pub fn save_latency(folder: &Path, bound: LatencyBound) -> Result<(), StateError> {
-    StateDir::replace_file(&folder.join(LATENCY), bound.to_string().as_bytes())
+    keep(folder, LATENCY, bound)
 }
 
 /// The bound that was kept; the default if there is nothing, or nothing that can be understood.
 pub fn read_latency(folder: &Path) -> LatencyBound {
-    let text = StateDir::read_text(&folder.join(LATENCY)).ok().flatten();
-    let bound = text.and_then(|text| text.trim().parse().ok());
-    bound.unwrap_or_default()
+    kept(folder, LATENCY)
 }
 
 /// Keeps how content is written, for a daemon that takes the migration up.
 pub fn save_compress(folder: &Path, compress: Policy) -> Result<(), StateError> {
-    StateDir::replace_file(&folder.join(COMPRESS), compress.to_string().as_bytes())
+    keep(folder, COMPRESS, compress)
 }
 
 /// What was kept; the default if there is nothing, or nothing that can be understood.
 pub fn read_compress(folder: &Path) -> Policy {
-    let text = StateDir::read_text(&folder.join(COMPRESS)).ok().flatten();
-    let policy = text.and_then(|text| text.trim().parse().ok());
-    policy.unwrap_or_default()
+    kept(folder, COMPRESS)
+}
+
+/// Writes down one of the operator's wishes, in a file of its own.
+fn keep(folder: &Path, file: &str, wish: impl Display) -> Result<(), StateError> {
+    StateDir::replace_file(&folder.join(file), wish.to_string().as_bytes())
+}
+
+fn kept<T: FromStr + Default>(folder: &Path, file: &str) -> T {
+    let text = StateDir::read_text(&folder.join(file)).ok().flatten();
+    let wish = text.and_then(|text| text.trim().parse().ok());
+    wish.unwrap_or_default()
 }
 
 /// Whether nothing is left to do of the migration in this folder.

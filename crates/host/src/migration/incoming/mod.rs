@@ -243,7 +243,7 @@ impl Incoming {
                 }
                 if self.offer.is_none() && !self.known {
                     // A question about a migration that this host knows nothing of.
-                    self.switch = Destination::new(epoch_of(say));
+                    self.switch = Destination::new(say.epoch());
                 }
                 self.event(DestinationEvent::Heard(say));
             }
@@ -689,19 +689,5 @@ impl Incoming {
         standing.runtime.ownership = Ownership::Local;
         crate::machines::save(&self.setup.host, &standing);
         nothing_left
-    }
-}
-
-fn epoch_of(say: Say) -> Epoch {
-    match say {
-        Say::Prepare { epoch }
-        | Say::Prepared { epoch }
-        | Say::Grant { epoch }
-        | Say::Accepted { epoch }
-        | Say::Refused { epoch }
-        | Say::Cancel { epoch }
-        | Say::Ask { epoch }
-        | Say::Drained { epoch }
-        | Say::Completed { epoch } => epoch,
     }
 }
