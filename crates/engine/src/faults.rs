@@ -38,10 +38,14 @@ pub enum Fault {
     RefusalIgnored,
     /// A destination that was restarted before it heard that all is over is not told.
     CompletedNotRepeated,
+    /// A restarted source forgets that it asked for the machine back.
+    AskingForgotten,
+    /// A destination says that it has given the machine back before its guest has ended.
+    YieldedEarly,
 }
 
 impl Fault {
-    pub const ALL: [Fault; 16] = [
+    pub const ALL: [Fault; 18] = [
         Fault::ResidentBeforeData,
         Fault::LateCopyStored,
         Fault::PartialWriteForgotten,
@@ -58,6 +62,8 @@ impl Fault {
         Fault::EpochNotRaised,
         Fault::RefusalIgnored,
         Fault::CompletedNotRepeated,
+        Fault::AskingForgotten,
+        Fault::YieldedEarly,
     ];
 }
 

@@ -23,6 +23,16 @@
 //! side may run the guest, and the two journals together always say which, even if no message ever
 //! arrives again.
 //!
+//! # Giving back
+//! An operator may want the machine back as it was at the switchover, while it is being drained: its guest at the
+//! destination is broken, or the destination is lost. Whatever the guest did since is given up. Two ways:
+//!
+//! - *asked for*: the source records that it asks, and asks. The destination records that it yields, ends its
+//!   guest, and says so; then the source takes the machine back. From the asking on the source does not complete
+//!   the migration, so the machine cannot vanish from both sides.
+//! - *sworn*: the operator knows that the destination is lost and its guest will never run again. The source
+//!   takes the machine back at once, and tells the destination whenever it is heard of.
+//!
 //! # Shape
 //! [`Source`] and [`Destination`] take events and return actions. Actions are to be performed in order; a
 //! [`Action::Journal`] must be durable before the next action is performed. Both are rebuilt from their
@@ -70,7 +80,7 @@ pub enum Phase {
     Complete,
     /// The migration was given up before the grant; the source runs the guest as before.
     Cancel,
-    /// The destination refused or lost the machine and the source took it back.
+    /// The destination refused, yielded or lost the machine and the source took it back.
     Rewind,
 }
 
@@ -122,6 +132,10 @@ pub enum Record {
     Refused { epoch: Epoch },
     /// Either: everything arrived and was verified.
     Completed { epoch: Epoch },
+    /// Source: the operator wants the machine back, and the peer is asked for it.
+    AskedBack { epoch: Epoch },
+    /// Destination: the machine is the source's again; its guest never runs here any more.
+    Yielded { epoch: Epoch },
 }
 
 /// What the two sides say to each other about ownership.
@@ -145,6 +159,10 @@ pub enum Say {
     Drained { epoch: Epoch },
     /// Source: noted; both sides may call the migration complete.
     Completed { epoch: Epoch },
+    /// Source: I take the machine back. Answered by `Yielded` or `Refused`.
+    GiveBack { epoch: Epoch },
+    /// Destination: its guest does not run here and never will, durably.
+    Yielded { epoch: Epoch },
 }
 
 impl Say {
@@ -159,7 +177,9 @@ impl Say {
             | Say::Cancel { epoch }
             | Say::Ask { epoch }
             | Say::Drained { epoch }
-            | Say::Completed { epoch } => epoch,
+            | Say::Completed { epoch }
+            | Say::GiveBack { epoch }
+            | Say::Yielded { epoch } => epoch,
         }
     }
 }
@@ -186,6 +206,8 @@ pub enum Action {
     Inspect,
     /// Destination: remove everything this migration made here.
     CleanUp,
+    /// Destination: end the guest that runs here, and make sure of it; what it wrote is left alone.
+    EndGuest,
     /// Source: units may flow for the destination's guest.
     Drain,
     /// The migration is over in this phase.
@@ -207,6 +229,9 @@ pub enum SourceEvent {
     Failed,
     /// The operator wants it off.
     Cancel,
+    /// The operator wants the machine back as it was at the switchover. `lost`: and swears that it does not run
+    /// at the destination and never will.
+    TakeBack { lost: bool },
     /// The peer said something.
     Heard(Say),
 }
@@ -228,8 +253,10 @@ pub struct Source {
     /// The epoch under which the machine is ours.
     own: Epoch,
     state: SourceState,
-    /// A cancelled migration tells the destination so until it has answered.
-    cancel_unanswered: bool,
+    /// A migration that was given up tells the destination so until it has answered.
+    unanswered: bool,
+    /// The destination is asked to give the machine back.
+    asking_back: bool,
     /// The guest's device state is in this daemon's memory, so a grant can be said again.
     has_state: bool,
 }
@@ -239,7 +266,8 @@ impl Source {
         Source {
             own,
             state: SourceState::Idle,
-            cancel_unanswered: false,
+            unanswered: false,
+            asking_back: false,
             has_state: false,
         }
     }
@@ -283,6 +311,16 @@ impl Source {
         )
     }
 
+    /// Whether the machine was promised away and can still be had back.
+    pub fn can_take_back(&self) -> bool {
+        matches!(self.state, SourceState::Granted | SourceState::Draining)
+    }
+
+    /// Whether the destination is being asked to give the machine back.
+    pub fn is_asking_back(&self) -> bool {
+        self.asking_back && self.can_take_back()
+    }
+
     /// The state that a journal tells of, and what to do first. A migration that had not granted is over:
     /// its copy lived in the daemon's memory, and the guest is simply still here.
     pub fn recover(records: &[Record]) -> (Self, Vec<Action>) {
@@ -296,8 +334,10 @@ impl Source {
                 Record::Granted { .. } if faulty!(GrantForgotten) => {}
                 Record::Granted { .. } => source.state = SourceState::Granted,
                 Record::PeerAccepted { .. } => source.state = SourceState::Draining,
+                Record::AskedBack { .. } if faulty!(AskingForgotten) => {}
+                Record::AskedBack { .. } => source.asking_back = true,
                 Record::Kept { epoch } => {
-                    let phase = if source.state == SourceState::Granted {
+                    let phase = if source.can_take_back() {
                         Phase::Rewind
                     } else {
                         Phase::Cancel
@@ -306,14 +346,17 @@ impl Source {
                     source.state = SourceState::Over(phase);
                 }
                 Record::Completed { .. } => source.state = SourceState::Over(Phase::Complete),
-                Record::Preparing { .. } | Record::Accepted { .. } | Record::Refused { .. } => {}
+                Record::Preparing { .. }
+                | Record::Accepted { .. }
+                | Record::Refused { .. }
+                | Record::Yielded { .. } => {}
             }
         }
         let actions = match source.state {
-            SourceState::Preparing => source.keep(Phase::Cancel),
+            SourceState::Preparing => source.keep(Phase::Cancel, true),
             SourceState::Draining => vec![Action::Drain],
             SourceState::Over(phase @ (Phase::Cancel | Phase::Rewind)) => {
-                source.cancel_unanswered = phase == Phase::Cancel;
+                source.unanswered = true;
                 vec![
                     Action::KeepGuest { epoch: source.own },
                     Action::Finish(phase),
@@ -324,22 +367,36 @@ impl Source {
         (source, actions)
     }
 
-    /// The guest stays. After a grant the epoch must pass the one that was promised.
-    fn keep(&mut self, phase: Phase) -> Vec<Action> {
+    /// The guest stays. After a grant the epoch must pass the one that was promised. The destination is told
+    /// unless it said so itself.
+    fn keep(&mut self, phase: Phase, tell: bool) -> Vec<Action> {
         let offered = self.offered();
         if phase == Phase::Rewind && !faulty!(EpochNotRaised) {
             self.own = offered.next();
         }
         let epoch = self.own;
         self.state = SourceState::Over(phase);
+        self.unanswered = tell;
         let mut actions = vec![Action::Journal(Record::Kept { epoch })];
-        if phase == Phase::Cancel {
-            self.cancel_unanswered = true;
-            actions.push(Action::Send(Say::Cancel { epoch: offered }));
+        if tell {
+            actions.push(Action::Send(self.farewell(phase)));
         }
         actions.push(Action::KeepGuest { epoch });
         actions.push(Action::Finish(phase));
         actions
+    }
+
+    /// What a destination is told of a migration that was given up.
+    fn farewell(&self, phase: Phase) -> Say {
+        match phase {
+            // The machine is ours under the epoch past the one that was offered.
+            Phase::Rewind => Say::GiveBack {
+                epoch: Epoch(self.own.0.saturating_sub(1)),
+            },
+            _ => Say::Cancel {
+                epoch: self.offered(),
+            },
+        }
     }
 
     pub fn handle(&mut self, event: SourceEvent) -> Vec<Action> {
@@ -379,15 +436,41 @@ impl Source {
                 | SourceState::Copying
                 | SourceState::Quiescing,
                 SourceEvent::Cancel | SourceEvent::Failed,
-            ) => self.keep(Phase::Cancel),
+            ) => self.keep(Phase::Cancel, true),
             (
                 SourceState::Preparing | SourceState::Copying | SourceState::Quiescing,
                 SourceEvent::Heard(Say::Refused { epoch }),
-            ) if epoch == offered => {
-                let mut actions = self.keep(Phase::Cancel);
-                self.cancel_unanswered = false;
-                actions.retain(|a| !matches!(a, Action::Send(Say::Cancel { .. })));
-                actions
+            ) if epoch == offered => self.keep(Phase::Cancel, false),
+            (SourceState::Granted | SourceState::Draining, SourceEvent::TakeBack { lost: true }) => {
+                self.keep(Phase::Rewind, true)
+            }
+            (
+                SourceState::Granted | SourceState::Draining,
+                SourceEvent::TakeBack { lost: false },
+            ) => {
+                self.asking_back = true;
+                vec![
+                    Action::Journal(Record::AskedBack { epoch: offered }),
+                    Action::Send(Say::GiveBack { epoch: offered }),
+                ]
+            }
+            // It has given the machine back, whether or not this daemon knows that it was asked to.
+            (
+                SourceState::Granted | SourceState::Draining,
+                SourceEvent::Heard(Say::Yielded { epoch }),
+            ) if epoch == offered => self.keep(Phase::Rewind, false),
+            (SourceState::Draining, SourceEvent::Heard(Say::Refused { epoch }))
+                if epoch == offered && self.asking_back =>
+            {
+                self.keep(Phase::Rewind, false)
+            }
+            // Nothing more is offered, and nothing is completed: only the answer counts.
+            (
+                SourceState::Granted | SourceState::Draining,
+                SourceEvent::LinkUp
+                | SourceEvent::Heard(Say::Accepted { .. } | Say::Drained { .. }),
+            ) if self.asking_back => {
+                vec![Action::Send(Say::GiveBack { epoch: offered })]
             }
             (SourceState::Granted, SourceEvent::LinkUp) => {
                 let epoch = offered;
@@ -414,7 +497,7 @@ impl Source {
             (SourceState::Granted, SourceEvent::Heard(Say::Refused { epoch }))
                 if epoch == offered || faulty!(OldEpochAccepted) =>
             {
-                self.keep(Phase::Rewind)
+                self.keep(Phase::Rewind, false)
             }
             // An acceptance and the drain's end may both be news after a restart.
             (
@@ -435,20 +518,25 @@ impl Source {
             ) if epoch == offered && !faulty!(CompletedNotRepeated) => {
                 vec![Action::Send(Say::Completed { epoch })]
             }
-            (SourceState::Over(Phase::Cancel), SourceEvent::LinkUp) if self.cancel_unanswered => {
-                vec![Action::Send(Say::Cancel { epoch: offered })]
-            }
-            (SourceState::Over(Phase::Cancel), SourceEvent::Heard(Say::Refused { .. })) => {
-                self.cancel_unanswered = false;
+            (
+                SourceState::Over(phase @ (Phase::Cancel | Phase::Rewind)),
+                SourceEvent::LinkUp
+                | SourceEvent::Heard(Say::Accepted { .. } | Say::Drained { .. }),
+            ) if self.unanswered => vec![Action::Send(self.farewell(phase))],
+            (
+                SourceState::Over(Phase::Cancel | Phase::Rewind),
+                SourceEvent::Heard(Say::Refused { .. } | Say::Yielded { .. }),
+            ) => {
+                self.unanswered = false;
                 vec![]
             }
             _ => vec![],
         }
     }
 
-    /// Whether the destination may still hold something of a cancelled migration.
-    pub fn cancel_is_unanswered(&self) -> bool {
-        self.cancel_unanswered
+    /// Whether the destination may still hold something of a migration that was given up.
+    pub fn is_unanswered(&self) -> bool {
+        self.unanswered
     }
 }
 
@@ -478,6 +566,7 @@ enum DestinationState {
     Running,
     Drained,
     Refused,
+    Yielded,
     Over,
 }
 
@@ -508,6 +597,7 @@ impl Destination {
             DestinationState::Accepted => Phase::Accept,
             DestinationState::Running | DestinationState::Drained => Phase::Drain,
             DestinationState::Refused => Phase::Cancel,
+            DestinationState::Yielded => Phase::Rewind,
             DestinationState::Over => Phase::Complete,
         }
     }
@@ -536,16 +626,19 @@ impl Destination {
                 Record::Accepted { epoch } => destination.at(epoch, DestinationState::Accepted),
                 Record::Refused { epoch } => destination.at(epoch, DestinationState::Refused),
                 Record::Completed { epoch } => destination.at(epoch, DestinationState::Over),
+                Record::Yielded { epoch } => destination.at(epoch, DestinationState::Yielded),
                 Record::Started { .. }
                 | Record::Granted { .. }
                 | Record::PeerAccepted { .. }
-                | Record::Kept { .. } => {}
+                | Record::Kept { .. }
+                | Record::AskedBack { .. } => {}
             }
         }
         let actions = match destination.state {
             DestinationState::Preparing => destination.refuse(),
             DestinationState::Accepted => vec![Action::Inspect],
             DestinationState::Refused => vec![Action::CleanUp, Action::Finish(Phase::Cancel)],
+            DestinationState::Yielded => vec![Action::EndGuest, Action::Finish(Phase::Rewind)],
             _ => vec![],
         };
         (destination, actions)
@@ -565,6 +658,22 @@ impl Destination {
             Action::Send(Say::Refused { epoch }),
             Action::Finish(Phase::Cancel),
         ]
+    }
+
+    /// The guest ran here, or may have, and shall not any more.
+    fn give_back(&mut self) -> Vec<Action> {
+        let epoch = self.epoch;
+        self.state = DestinationState::Yielded;
+        let mut actions = vec![
+            Action::Journal(Record::Yielded { epoch }),
+            Action::EndGuest,
+            Action::Send(Say::Yielded { epoch }),
+            Action::Finish(Phase::Rewind),
+        ];
+        if faulty!(YieldedEarly) {
+            actions.swap(1, 2);
+        }
+        actions
     }
 
     pub fn handle(&mut self, event: DestinationEvent) -> Vec<Action> {
@@ -635,13 +744,30 @@ impl Destination {
             (
                 DestinationState::Idle | DestinationState::Preparing | DestinationState::Ready,
                 DestinationEvent::Failed
-                | DestinationEvent::Heard(Say::Cancel { .. } | Say::Ask { .. }),
+                | DestinationEvent::Heard(
+                    Say::Cancel { .. } | Say::Ask { .. } | Say::GiveBack { .. },
+                ),
             ) => self.refuse(),
+            (
+                DestinationState::Accepted | DestinationState::Running | DestinationState::Drained,
+                DestinationEvent::Heard(Say::GiveBack { .. }),
+            ) => self.give_back(),
+            (
+                DestinationState::Yielded,
+                DestinationEvent::LinkUp
+                | DestinationEvent::Heard(
+                    Say::Cancel { .. } | Say::Ask { .. } | Say::Grant { .. } | Say::GiveBack { .. },
+                ),
+            ) => vec![Action::Send(Say::Yielded { epoch })],
             (
                 DestinationState::Refused,
                 DestinationEvent::LinkUp
                 | DestinationEvent::Heard(
-                    Say::Cancel { .. } | Say::Ask { .. } | Say::Grant { .. } | Say::Prepare { .. },
+                    Say::Cancel { .. }
+                    | Say::Ask { .. }
+                    | Say::Grant { .. }
+                    | Say::Prepare { .. }
+                    | Say::GiveBack { .. },
                 ),
             ) => vec![Action::Send(Say::Refused { epoch })],
             _ => vec![],

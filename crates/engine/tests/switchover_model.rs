@@ -22,6 +22,8 @@ enum Step {
     /// The destination's QEMU dies before its guest ran.
     FailDestination,
     NothingAbsent,
+    /// The operator asks for the machine back.
+    AskBack,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -39,6 +41,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::FailSource),
         1 => Just(Step::FailDestination),
         2 => Just(Step::NothingAbsent),
+        1 => Just(Step::AskBack),
     ]
 }
 
@@ -54,6 +57,7 @@ struct World {
     source_runs: bool,
     destination_runs: bool,
     destination_ever_ran: bool,
+    destination_ended: bool,
     cancelled_before_grant: bool,
 }
 
@@ -71,6 +75,7 @@ impl World {
             source_runs: true,
             destination_runs: false,
             destination_ever_ran: false,
+            destination_ended: false,
             cancelled_before_grant: false,
         };
         w.source_todo = w.source.handle(SourceEvent::Start);
@@ -100,7 +105,7 @@ impl World {
             }
             Action::KeepGuest { .. } => {
                 assert!(
-                    !self.destination_ever_ran,
+                    !self.destination_ever_ran || self.destination_ended,
                     "the source takes back a guest that ran elsewhere"
                 );
                 self.source_runs = true;
@@ -120,6 +125,7 @@ impl World {
             Action::MakeReady => self.destination_event(DestinationEvent::Ready),
             Action::RunGuest { .. } => {
                 assert!(!self.source_runs, "two guests run");
+                assert!(!self.destination_ended, "a guest that was given back runs");
                 self.destination_runs = true;
                 self.destination_ever_ran = true;
                 self.destination_event(DestinationEvent::Running);
@@ -131,6 +137,10 @@ impl World {
                     DestinationEvent::Failed
                 };
                 self.destination_event(event);
+            }
+            Action::EndGuest => {
+                self.destination_runs = false;
+                self.destination_ended = true;
             }
             Action::CleanUp => {
                 assert!(
@@ -214,6 +224,7 @@ impl World {
                 self.destination_event(DestinationEvent::Failed);
             }
             Step::FailDestination => {}
+            Step::AskBack => self.source_event(SourceEvent::TakeBack { lost: false }),
             Step::NothingAbsent => {
                 if self.destination_runs {
                     self.destination_event(DestinationEvent::NothingAbsent);
@@ -266,7 +277,7 @@ impl World {
         assert_eq!(self.source.may_run(), self.source_runs);
         assert_eq!(self.destination.may_run(), self.destination_runs);
         if self.source_runs {
-            assert!(!self.source.cancel_is_unanswered(), "the destination knows");
+            assert!(!self.source.is_unanswered(), "the destination knows");
         }
     }
 }

@@ -289,7 +289,7 @@ impl World {
             Action::Send(say) => self.destination_says(Message::Own(say)),
             Action::MakeReady => self.destination_takes(action, 500 * MS),
             Action::RunGuest { .. } => self.run_guest(action),
-            Action::CleanUp => self.destination_takes(action, 20 * MS),
+            Action::CleanUp | Action::EndGuest => self.destination_takes(action, 20 * MS),
             Action::Finish(phase) => self.finish_destination(phase),
             Action::Inspect => {}
             other => self.broken("actions", format!("{other:?} is not for a destination")),
@@ -304,6 +304,7 @@ impl World {
             }
             Action::MakeReady => self.make_ready(),
             Action::CleanUp => self.clean_up(),
+            Action::EndGuest => self.end_guest(),
             other => self.broken("actions", format!("{other:?} takes no time")),
         }
     }
@@ -590,6 +591,24 @@ impl World {
         self.gates_changed();
     }
 
+    /// The machine is the source's again. What its guest wrote here is left alone.
+    fn end_guest(&mut self) {
+        self.coverage.deed("the destination gave the machine back");
+        self.drop_destination_tasks();
+        self.dst.daemon.refused = true;
+        self.dst.daemon.disk_gate = true;
+        self.dst.daemon.ram_gate = true;
+        self.dst.daemon.disks.clear();
+        self.dst.daemon.ram = None;
+        if self.guest.at == Some(Side::Destination) {
+            self.guest_dies(false);
+        }
+        if self.dst.qemu.state != QemuState::None {
+            self.dst.qemu.state = QemuState::Gone;
+        }
+        self.gates_changed();
+    }
+
     fn undo_landing(&mut self) {
         if self.dst.qemu.state == QemuState::Running {
             self.broken("two owners", "a guest that ran is cleaned away");
@@ -674,6 +693,7 @@ impl World {
                     self.coverage.deed("destination restarted and refused");
                     self.undo_landing();
                 }
+                Action::EndGuest => self.end_guest(),
                 _ => {}
             }
         }

@@ -337,6 +337,26 @@ impl World {
         }
     }
 
+    /// The guest is again what it was at the switchover, if the source's QEMU is there, and its disks are: what
+    /// it did since is given up.
+    pub fn rewind_guest(&mut self) {
+        self.note(|| "the guest is set back to the switchover".into());
+        self.coverage.deed("a guest was set back to the switchover");
+        let then = Guest::new(&self.scenario, &self.src);
+        self.guest.dead = !self.src.qemu.is_there();
+        self.guest.ran_there = false;
+        self.guest.at = None;
+        self.guest.oracles = then.oracles;
+        self.guest.memory = then.memory;
+        self.guest.ops.clear();
+        let idle = if self.guest.dead {
+            Thread::Done
+        } else {
+            Thread::Asleep
+        };
+        self.guest.threads.fill(idle);
+    }
+
     /// The guest's QEMU has ended; with the whole host, if it lost power.
     pub fn guest_dies(&mut self, power: bool) {
         self.note(|| "the guest is gone".into());

@@ -42,6 +42,10 @@ impl World {
             Mishap::Refuse => self.dst.refuse_ready = true,
             Mishap::LoadFails => self.dst.load_fails = true,
             Mishap::Cancel => self.tell_source(SourceInbox::Cancel),
+            Mishap::TakeBack { lost } => {
+                let lost = lost && self.dst.qemu.state == QemuState::Gone;
+                self.tell_source(SourceInbox::TakeBack { lost });
+            }
             Mishap::Stray { to, which } => self.stray(to, which),
         }
         self.last_mishap = self.last_mishap.max(until);

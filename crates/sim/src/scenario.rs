@@ -40,6 +40,11 @@ pub enum Mishap {
     /// The destination's QEMU cannot load the device state.
     LoadFails,
     Cancel,
+    /// The operator wants the machine back after the grant; swearing, if that is true, that the destination's
+    /// QEMU is gone.
+    TakeBack {
+        lost: bool,
+    },
     /// A message of an older migration comes.
     Stray {
         to: Side,
@@ -48,7 +53,7 @@ pub enum Mishap {
 }
 
 /// Names for the counters, by [`Mishap::kind`].
-pub const KINDS: [&str; 14] = [
+pub const KINDS: [&str; 16] = [
     "source daemon dies",
     "destination daemon dies",
     "source loses power",
@@ -63,6 +68,8 @@ pub const KINDS: [&str; 14] = [
     "cancel",
     "stray to source",
     "stray to destination",
+    "asked back",
+    "taken back from a lost host",
 ];
 
 impl Mishap {
@@ -79,6 +86,7 @@ impl Mishap {
             Mishap::LoadFails => 10,
             Mishap::Cancel => 11,
             Mishap::Stray { to, .. } => of(to, 12),
+            Mishap::TakeBack { lost } => 14 + usize::from(lost),
         }
     }
 }
@@ -238,7 +246,7 @@ fn mishap(rng: &mut Rng) -> Mishap {
     let side = rng.pick(&[Side::Source, Side::Destination]);
     let longest = rng.pick(&[10 * MS, 20 * SECOND, 20 * SECOND]);
     let down = rng.scaled(MS, longest);
-    match rng.below(32) {
+    match rng.below(34) {
         0..8 => Mishap::Crash { side, down },
         8..13 => Mishap::PowerCut { side, down },
         13..16 => Mishap::Outage {
@@ -253,6 +261,9 @@ fn mishap(rng: &mut Rng) -> Mishap {
         25 => Mishap::Refuse,
         26 => Mishap::LoadFails,
         27..29 => Mishap::Cancel,
+        32..34 => Mishap::TakeBack {
+            lost: rng.percent(50),
+        },
         _ => Mishap::Stray {
             to: side,
             which: rng.below(8) as u8,

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use crate::destination::QemuState;
 use whimbrel_engine::outflow::Outflow;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SECTOR, SpaceId, SpaceInfo, SpaceKind, UNIT};
@@ -35,6 +36,9 @@ pub enum SourceInbox {
     Tick,
     Switch,
     Cancel,
+    TakeBack {
+        lost: bool,
+    },
     /// QEMU's end was noticed.
     QemuGone,
 }
@@ -355,6 +359,11 @@ impl World {
         self.src.frozen = false;
         self.src.daemon.ram = None;
         self.src.qemu.migrating = false;
+        let given_back = matches!(self.dst.journal.last(), Some(Record::Yielded { .. }))
+            || self.dst.qemu.state == QemuState::Gone;
+        if self.guest.ran_there && given_back && !self.guest.runs_at(Side::Destination) {
+            self.rewind_guest();
+        }
         self.source_runs();
     }
 
@@ -387,6 +396,18 @@ impl World {
                 if self.src.switch.can_cancel() {
                     self.coverage.deed("cancelled by the operator in time");
                     self.source_handle(SourceEvent::Cancel);
+                }
+            }
+            SourceInbox::TakeBack { lost } => {
+                // Sworn only as long as it is so.
+                let lost = lost && self.dst.qemu.state == QemuState::Gone;
+                if self.src.switch.can_take_back() {
+                    self.coverage.deed(if lost {
+                        "taken back from a host that is lost"
+                    } else {
+                        "asked back"
+                    });
+                    self.source_handle(SourceEvent::TakeBack { lost });
                 }
             }
             SourceInbox::QemuGone => {
@@ -443,7 +464,10 @@ impl World {
                 self.coverage
                     .deed("source gave an unreachable destination up");
                 self.source_handle(SourceEvent::Failed);
-            } else if self.src.switch.cancel_is_unanswered() && !patient {
+            } else if self.src.switch.is_unanswered()
+                && self.src.switch.phase() == Phase::Cancel
+                && !patient
+            {
                 self.coverage.deed("cancel could not be told");
                 self.src.switch = Source::new(OWN);
             }
@@ -518,7 +542,7 @@ impl World {
         // A connection over which nothing comes may have swallowed what was said last.
         let alive = self.source_hears() || self.has(DriverFault::FarewellUnheard);
         let daemon = &mut self.src.daemon;
-        if !daemon.session || daemon.over.is_none() || self.src.switch.cancel_is_unanswered() {
+        if !daemon.session || daemon.over.is_none() || self.src.switch.is_unanswered() {
             return;
         }
         let over_since = *daemon.over_since.get_or_insert(self.now);

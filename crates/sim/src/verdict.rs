@@ -106,7 +106,7 @@ impl World {
         let last = self.dst.journal.last();
         if !matches!(
             last,
-            None | Some(Record::Refused { .. } | Record::Preparing { .. })
+            None | Some(Record::Refused { .. } | Record::Preparing { .. } | Record::Yielded { .. })
         ) {
             let what = format!(
                 "the source keeps the machine, the destination's journal is {:?}",
@@ -114,7 +114,10 @@ impl World {
             );
             return self.broken("two owners", what);
         }
-        if self.dst.made || !matches!(self.dst.qemu.state, QemuState::None | QemuState::Gone) {
+        let yielded = matches!(last, Some(Record::Yielded { .. }));
+        if (self.dst.made && !yielded)
+            || !matches!(self.dst.qemu.state, QemuState::None | QemuState::Gone)
+        {
             self.broken(
                 "half done",
                 "the destination keeps what was made for the machine",

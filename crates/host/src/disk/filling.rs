@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::watch;
-use whimbrel_engine::inflow::{Change, FillPlan, Finished, ReadPlan, SpaceIn, WritePlan};
+use whimbrel_engine::inflow::{Change, FillGrant, FillPlan, Finished, ReadPlan, SpaceIn, WritePlan};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SECTOR, SECTORS_PER_UNIT, SpaceId, UNIT};
 use whimbrel_nbd::{Errno, ZeroHow};
@@ -19,6 +19,7 @@ use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::Backend;
 use whimbrel_volume::digest::digest;
 use whimbrel_volume::journal::Journal;
+use whimbrel_volume::raw::Zeroes;
 
 use super::Wants;
 use super::export::{errno, zeroes_of};
@@ -39,7 +40,20 @@ pub struct Filling {
     inner: Mutex<Inner>,
     clock: Instant,
     complete: watch::Sender<bool>,
+    soil: Soil,
 }
+
+/// What the file holds where nothing is known to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Soil {
+    /// The file was made for this move a moment ago: zeroes.
+    Fresh,
+    /// An earlier daemon had it. Writes that no record tells of may have reached it.
+    Trodden,
+}
+
+/// Units that a zeroing of a trodden file takes at a time: while it goes on they are busy.
+const PATCH: u64 = 16_384;
 
 /// What a stretch of disk looks like, to be compared with the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +74,7 @@ impl Filling {
     /// `clock` is the migration's: latencies are counted from it.
     pub fn new(
         space: SpaceIn,
+        soil: Soil,
         file: Arc<Backend>,
         journal: Journal,
         wants: Arc<Wants>,
@@ -77,6 +92,7 @@ impl Filling {
             }),
             clock,
             complete,
+            soil,
         }
     }
 
@@ -259,16 +275,7 @@ impl Filling {
 
     /// Stores a copy that arrived. `bytes` holds whole units.
     pub async fn fill(&self, extent: Extent, bytes: Bytes) -> Result<(), VolumeError> {
-        let grant = loop {
-            let wait = {
-                let mut inner = self.inner();
-                match inner.space.begin_fill(extent) {
-                    FillPlan::Go(grant) => break grant,
-                    FillPlan::Wait(ticket) => inner.wakers.register(ticket),
-                }
-            };
-            let _ = wait.await;
-        };
+        let grant = self.leave_to_fill(extent).await;
         let mut result = Ok(());
         for run in &grant.store {
             result = self.store(*run, 0, &bytes, extent).await;
@@ -284,6 +291,28 @@ impl Filling {
                 }
             }
         }
+        self.filled(grant, result).await
+    }
+
+    /// Waits until the units may be stored; [`filled`](Self::filled) must follow.
+    async fn leave_to_fill(&self, extent: Extent) -> FillGrant {
+        loop {
+            let wait = {
+                let mut inner = self.inner();
+                match inner.space.begin_fill(extent) {
+                    FillPlan::Go(grant) => return grant,
+                    FillPlan::Wait(ticket) => inner.wakers.register(ticket),
+                }
+            };
+            let _ = wait.await;
+        }
+    }
+
+    async fn filled(
+        &self,
+        grant: FillGrant,
+        result: Result<(), VolumeError>,
+    ) -> Result<(), VolumeError> {
         let done = {
             let mut inner = self.inner();
             let done = inner.space.end_fill(grant, result.is_ok(), self.now());
@@ -323,8 +352,17 @@ impl Filling {
         Ok(())
     }
 
-    /// The source says that these units are zero. The file reads so already where nobody wrote.
+    /// The source says that these units are zero. A fresh file reads so already where nobody wrote; in any
+    /// other they are stored.
     pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
+        if self.soil == Soil::Trodden {
+            let mut patch = Extent::new(extent.start, 0);
+            while patch.end() < extent.end() {
+                patch = Extent::new(patch.end(), PATCH.min(extent.end() - patch.end()));
+                self.zero_out(patch).await?;
+            }
+            return Ok(());
+        }
         let done = {
             let mut inner = self.inner();
             let done = inner.space.zeroes(extent, self.now());
@@ -332,6 +370,34 @@ impl Filling {
             done
         };
         self.after_fill(done).await
+    }
+
+    /// Stores zeroes wherever these units are absent.
+    async fn zero_out(&self, patch: Extent) -> Result<(), VolumeError> {
+        let absent: Vec<Extent> = self.inner().space.resident().gaps_within(patch).collect();
+        for gap in absent {
+            let grant = self.leave_to_fill(gap).await;
+            let result = self.store_zeroes(&grant).await;
+            self.filled(grant, result).await?;
+        }
+        Ok(())
+    }
+
+    async fn store_zeroes(&self, grant: &FillGrant) -> Result<(), VolumeError> {
+        let how = Zeroes {
+            no_hole: false,
+            fast_only: false,
+        };
+        for run in &grant.store {
+            let len = run.byte_len().min(self.file.size() - run.byte_offset());
+            self.file.write_zeroes(run.byte_offset(), len, how).await?;
+        }
+        let zeroes = Bytes::from_static(&[0; UNIT as usize]);
+        for &(unit, mask) in &grant.merge {
+            let unit = Extent::unit(unit);
+            self.store(unit, mask, &zeroes, unit).await?;
+        }
+        Ok(())
     }
 
     async fn after_fill(&self, done: Finished) -> Result<(), VolumeError> {
@@ -427,5 +493,60 @@ fn to_journal(change: Change) -> whimbrel_volume::journal::Change {
         Change::Filled(run) => J::Filled(run),
         Change::Written(run) => J::Written(run),
         Change::PartlyWritten { unit, mask } => J::PartlyWritten { unit, mask },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use whimbrel_engine::space::SpaceInfo;
+    use whimbrel_volume::backend::Format;
+    use whimbrel_volume::journal::VolumeIdentity;
+    use whimbrel_volume::pool::{Pool, PoolSize};
+    use whimbrel_volume::raw::Access;
+
+    const UNITS: u64 = 4;
+
+    /// A file of sevens, taken up again: of the disk unit 0 is here, and of unit 1 the first two sectors.
+    async fn trodden(folder: &std::path::Path, pool: &Pool) -> Filling {
+        let path = folder.join("disk");
+        std::fs::write(&path, vec![7; (UNITS * UNIT) as usize]).expect("room");
+        let file = Backend::open(pool, path, Format::Raw, Access::ReadWrite);
+        let file = Arc::new(file.await.expect("a file"));
+        let identity = VolumeIdentity {
+            uuid: [1; 16],
+            size: UNITS * UNIT,
+            epoch: 1,
+        };
+        let place = folder.join("journal");
+        let journal = Journal::create(pool, &place, identity, file.clone());
+        let journal = journal.await.expect("room");
+        let info = SpaceInfo {
+            id: SpaceId(0),
+            kind: whimbrel_engine::space::SpaceKind::Disk,
+            name: "root".to_string(),
+            len: UNITS * UNIT,
+        };
+        let mut resident = UnitSet::empty(UNITS);
+        resident.insert(Extent::unit(0));
+        let partial = BTreeMap::from([(1, 0b11)]);
+        let space = SpaceIn::recovered(info, resident, UnitSet::empty(UNITS), partial);
+        let wants = Arc::new(Wants::default());
+        Filling::new(space, Soil::Trodden, file, journal, wants, Instant::now())
+    }
+
+    #[tokio::test]
+    async fn zeroes_overwrite_what_no_record_tells_of_and_nothing_else() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let pool = Pool::start(PoolSize::default()).expect("threads");
+        let disk = trodden(folder.path(), &pool).await;
+        disk.zeroes(Extent::new(0, UNITS)).await.expect("room");
+        assert_eq!(disk.resident(), UNITS);
+        let content = disk.read(0, (UNITS * UNIT) as u32).await.expect("resident");
+        let kept = (UNIT + 2 * SECTOR) as usize;
+        assert!(content[..kept].iter().all(|&b| b == 7));
+        assert!(content[kept..].iter().all(|&b| b == 0));
+        assert_eq!(disk.late_copies(), 0);
     }
 }

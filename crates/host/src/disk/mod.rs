@@ -30,7 +30,7 @@ use whimbrel_volume::heat::{AccessKind, AccessLog};
 use crate::volumes::heat::Heat;
 
 pub use export::MachineDisks;
-pub use filling::{Filling, Verified, absolute};
+pub use filling::{Filling, Soil, Verified, absolute};
 pub use wants::{Asked, DemandFigures, Wants};
 
 /// Reads a disk at the other end of a migration, without moving anything.

@@ -41,6 +41,9 @@ use crate::peers::Dialler;
 const BACKOFF_CEILING: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_millis(200);
 
+/// A connection that stood so long was a success: waits begin anew after it.
+const LIVED: Duration = Duration::from_secs(1);
+
 /// Events that wait for the driver; the control connection is not read meanwhile.
 const EVENTS: usize = 256;
 
@@ -133,8 +136,12 @@ async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken)
         };
         let error = match dialled {
             Ok(connection) => {
-                backoff.reset();
+                let began = Instant::now();
                 let ended = live(connection, &life, &stop).await;
+                // A peer that ends every connection at once is not helped by more of them.
+                if began.elapsed() >= LIVED {
+                    backoff.reset();
+                }
                 life.pulse.down();
                 life.mouth.close();
                 ended

@@ -23,6 +23,10 @@ struct Left {
     cancels: u8,
     source_failures: u8,
     destination_failures: u8,
+    /// The operator asks for the machine back.
+    asks: u8,
+    /// The destination's host loses its power, and the operator takes the machine back on that.
+    losses: u8,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -48,6 +52,12 @@ struct World {
     /// What was absent has arrived.
     whole: bool,
     cancelled_in_time: bool,
+    /// The guest at the destination was ended, for the source to have it back.
+    ended_there: bool,
+    /// The destination's QEMU is gone with its host.
+    lost: bool,
+    /// The operator swore so.
+    sworn: bool,
     left: Left,
     /// Something that the state machines must never ask for was asked for.
     wrong: Option<&'static str>,
@@ -73,6 +83,9 @@ enum Step {
     DestinationFails,
     SourceGivesUp,
     DestinationGivesUp,
+    AskBack,
+    LoseDestination,
+    Swear,
 }
 
 struct Switchover(Left);
@@ -99,6 +112,9 @@ impl World {
             resumed: false,
             whole: false,
             cancelled_in_time: false,
+            ended_there: false,
+            lost: false,
+            sworn: false,
             left,
             wrong: None,
         }
@@ -151,6 +167,11 @@ impl World {
             }
             Action::MakeReady => self.destination(DestinationEvent::Ready),
             Action::RunGuest { .. } => self.loading = true,
+            Action::EndGuest => {
+                self.there = false;
+                self.loading = false;
+                self.ended_there = true;
+            }
             Action::Inspect => {
                 let event = if self.ran_there {
                     DestinationEvent::Running
@@ -272,15 +293,23 @@ impl World {
             }
             Step::CrashDestination => {
                 self.left.destination_crashes -= 1;
-                self.cut();
-                self.resumed = false;
-                // What is there is compared with the source anew.
-                self.whole = false;
-                (self.destination, self.destination_todo) = if self.destination_journal.is_empty() {
-                    (Destination::new(OFFERED), Vec::new())
-                } else {
-                    Destination::recover(&self.destination_journal)
-                };
+                self.crash_destination();
+            }
+            Step::AskBack => {
+                self.left.asks -= 1;
+                self.source(SourceEvent::TakeBack { lost: false });
+            }
+            Step::LoseDestination => {
+                self.left.losses -= 1;
+                // One that knows of nothing may yet be asked to take the machine.
+                self.lost |= !self.destination_journal.is_empty();
+                self.there = false;
+                self.loading = false;
+                self.crash_destination();
+            }
+            Step::Swear => {
+                self.sworn = true;
+                self.source(SourceEvent::TakeBack { lost: true });
             }
             Step::Cancel => {
                 self.left.cancels -= 1;
@@ -301,17 +330,32 @@ impl World {
         }
     }
 
+    fn crash_destination(&mut self) {
+        self.cut();
+        self.resumed = false;
+        // What is there is compared with the source anew.
+        self.whole = false;
+        (self.destination, self.destination_todo) = if self.destination_journal.is_empty() {
+            (Destination::new(OFFERED), Vec::new())
+        } else {
+            Destination::recover(&self.destination_journal)
+        };
+    }
+
     /// One side owns the machine, its guest runs there, and the other side knows.
     fn is_over(&self) -> bool {
         let done = self.source_todo.is_empty()
             && self.destination_todo.is_empty()
-            && !self.source.cancel_is_unanswered();
+            && !self.source.is_unanswered();
         let away = self.source.phase() == Phase::Complete
             && self.destination.phase() == Phase::Complete
-            && self.there
+            && (self.there || self.lost)
             && !self.here;
         let kept = matches!(self.source.phase(), Phase::Cancel | Phase::Rewind)
-            && matches!(self.destination.phase(), Phase::Cancel | Phase::Prepare)
+            && matches!(
+                self.destination.phase(),
+                Phase::Cancel | Phase::Prepare | Phase::Rewind
+            )
             && self.here
             && !self.there;
         done && (away || kept)
@@ -370,6 +414,16 @@ impl Model for Switchover {
         if left.destination_failures > 0 && before {
             steps.push(Step::DestinationFails);
         }
+        let asked = world.source_todo.is_empty() && world.source.can_take_back();
+        if left.asks > 0 && asked {
+            steps.push(Step::AskBack);
+        }
+        if left.losses > 0 {
+            steps.push(Step::LoseDestination);
+        }
+        if world.lost && !world.sworn && asked {
+            steps.push(Step::Swear);
+        }
         if world.is_down() {
             if world.source.can_cancel() && world.source_todo.is_empty() {
                 steps.push(Step::SourceGivesUp);
@@ -390,11 +444,16 @@ impl Model for Switchover {
     fn properties(&self) -> Vec<Property<Self>> {
         vec![
             Property::always("at most one guest runs", |_, w: &World| {
-                !(w.here && (w.there || w.ran_there))
+                let gone = w.ended_there || w.sworn;
+                !(w.here && (w.there || w.ran_there && !gone))
             }),
             Property::always("a guest runs only where it may", |_, w: &World| {
                 (!w.here || w.source.may_run() || !w.source_todo.is_empty())
-                    && (!w.there || w.destination.may_run())
+                    && (!w.there || w.destination.may_run() || !w.destination_todo.is_empty())
+            }),
+            Property::always("the machine is somewhere", |_, w: &World| {
+                let given_away = w.source.phase() == Phase::Complete;
+                !(given_away && (w.ended_there || w.destination.phase() == Phase::Rewind))
             }),
             Property::always("a cancel before the grant is safe", |_, w: &World| {
                 !(w.cancelled_in_time && w.ran_there)
@@ -416,20 +475,18 @@ impl Model for Switchover {
             Property::sometimes("a machine is taken back", |_, w: &World| {
                 w.is_over() && w.source.phase() == Phase::Rewind
             }),
+            Property::sometimes("a machine is asked back", |_, w: &World| {
+                w.is_over() && w.ended_there && w.here && !w.sworn
+            }),
+            Property::sometimes("a machine is taken from a lost host", |_, w: &World| {
+                w.is_over() && w.sworn && w.here
+            }),
         ]
     }
 }
 
-#[test]
-fn in_every_state_one_host_owns_the_machine_and_a_fair_run_ends() {
-    let left = Left {
-        source_crashes: 2,
-        destination_crashes: 2,
-        cuts: 1,
-        cancels: 1,
-        source_failures: 1,
-        destination_failures: 1,
-    };
+/// What the bounds let happen beside a completed move.
+fn explore(left: Left, expected: &[&'static str]) {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let begun = std::time::Instant::now();
     let checker = Switchover(left).checker().threads(cores).spawn_bfs().join();
@@ -448,5 +505,62 @@ fn in_every_state_one_host_owns_the_machine_and_a_fair_run_ends() {
             }
         }
     }
-    checker.assert_properties();
+    for property in checker.model().properties() {
+        match property.expectation {
+            stateright::Expectation::Sometimes if expected.contains(&property.name) => {
+                checker.assert_any_discovery(property.name);
+            }
+            stateright::Expectation::Sometimes => {}
+            _ => checker.assert_no_discovery(property.name),
+        }
+    }
+}
+
+const NONE: Left = Left {
+    source_crashes: 0,
+    destination_crashes: 0,
+    cuts: 0,
+    cancels: 0,
+    source_failures: 0,
+    destination_failures: 0,
+    asks: 0,
+    losses: 0,
+};
+
+#[test]
+fn in_every_state_one_host_owns_the_machine_and_a_fair_run_ends() {
+    let left = Left {
+        source_crashes: 2,
+        destination_crashes: 2,
+        cuts: 1,
+        cancels: 1,
+        source_failures: 1,
+        destination_failures: 1,
+        ..NONE
+    };
+    let expected = [
+        "a move completes",
+        "a move is cancelled",
+        "a machine is taken back",
+    ];
+    explore(left, &expected);
+}
+
+#[test]
+fn in_every_state_a_machine_can_be_asked_back_or_taken_from_a_lost_host() {
+    let left = Left {
+        source_crashes: 2,
+        destination_crashes: 1,
+        cuts: 1,
+        asks: 1,
+        losses: 1,
+        ..NONE
+    };
+    let expected = [
+        "a move completes",
+        "a machine is taken back",
+        "a machine is asked back",
+        "a machine is taken from a lost host",
+    ];
+    explore(left, &expected);
 }

@@ -20,14 +20,16 @@ use whimbrel_qemu::info::info;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
 use whimbrel_qemu::stream::StreamLayout;
+use whimbrel_volume::VolumeError;
+use whimbrel_volume::journal::{Change, RecoveryHow};
 
 use super::Incoming;
-use crate::disk::{Disk, Filling, Mode};
+use crate::disk::{Disk, Filling, Mode, Soil};
 use crate::host::Host;
 use crate::machine::{MachineError, Running, qmp_socket, reattach};
 use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
-use crate::migration::landing::{Landing, Plan};
+use crate::migration::landing::{Landing, Plan, ReopenedVolume};
 use crate::migration::record::read_layout;
 use crate::migration::spaces;
 use crate::state::{MachineSpec, Name, QemuProcess, Timestamp, start_ticks};
@@ -64,16 +66,22 @@ impl Incoming {
         let host = self.setup.host.clone();
         let spec = plan.spec.clone();
         let runtime = host.state.runtime(&spec.name).map_err(|e| e.to_string())?;
+        let recorded = runtime.process.clone().filter(QemuProcess::is_alive);
+        let process = recorded.or_else(|| leftover_process(&host, &spec));
         let volumes = plan.reopen(&host).await.map_err(|e| e.to_string())?;
         let mut wrote = false;
         let (mut fillings, mut disks) = (Vec::new(), Vec::new());
-        for (n, volume) in volumes.into_iter().enumerate() {
+        for (n, mut volume) in volumes.into_iter().enumerate() {
+            wrote |= !volume.recovered.guest_owned.is_empty();
+            own_what_is_doubtful(&mut volume, process.is_none())
+                .await
+                .map_err(|e| e.to_string())?;
             let found = volume.recovered;
-            wrote |= !found.guest_owned.is_empty();
             let info = spaces::disk(n, volume.record.name.as_str(), volume.record.size);
             let space = SpaceIn::recovered(info, found.resident, found.guest_owned, found.partial);
             let filling = Arc::new(Filling::new(
                 space,
+                Soil::Trodden,
                 volume.file.clone(),
                 volume.journal,
                 self.setup.wants.clone(),
@@ -86,8 +94,7 @@ impl Incoming {
         self.landing = Some(Landing::landed(plan));
         self.setup.arrivals.expect_disks(fillings.len());
         let ran = runtime.process.is_some() || wrote;
-        let recorded = runtime.process.filter(QemuProcess::is_alive);
-        let running = match recorded.or_else(|| leftover_process(&host, &spec)) {
+        let running = match process {
             Some(process) => {
                 let running = answering(&host, &spec, &process, disks).await;
                 Some(running.map_err(|e| format!("the machine's QEMU does not answer: {e}"))?)
@@ -104,6 +111,14 @@ impl Incoming {
                 Guest::Whole
             }
             None => {
+                // What comes all the same waits at a gate that nobody opens, instead of ending its connection.
+                if let Some(layout) = &layout {
+                    let none = layout.blocks.iter().map(|b| UnitSet::empty(b.units()));
+                    self.take_ram(
+                        spaces_of(layout, fillings.len(), none.collect()),
+                        RamSink::Sated,
+                    );
+                }
                 return Err(
                     "the machine's process is gone, and whether its guest ran here is unknown"
                         .to_string(),
@@ -181,6 +196,39 @@ impl Incoming {
             }
         })));
     }
+}
+
+/// Whether the guest may have written to a unit that is here while no record tells of it: its host lost power
+/// with the record and, as may be, not with the write; or it died itself with a write under way.
+fn is_doubtful(how: RecoveryHow, guest_gone: bool) -> bool {
+    match how {
+        RecoveryHow::HostRestarted { .. } => true,
+        RecoveryHow::Clean | RecoveryHow::SameBoot { .. } => guest_gone,
+        RecoveryHow::Complete => false,
+    }
+}
+
+/// What is in doubt counts as the guest's own from now on. It is right as it is, since a write that nobody
+/// was promised may be there or not; but it cannot be compared with the source.
+async fn own_what_is_doubtful(
+    volume: &mut ReopenedVolume,
+    guest_gone: bool,
+) -> Result<(), VolumeError> {
+    let found = &mut volume.recovered;
+    if !is_doubtful(found.how, guest_gone) {
+        return Ok(());
+    }
+    let changes = found.resident.runs().map(Change::Written).collect();
+    volume.journal.record(changes).await?;
+    for run in found.resident.runs() {
+        found.guest_owned.insert(run);
+    }
+    tracing::info!(
+        volume = %volume.record.name,
+        units = found.resident.len(),
+        "the guest may have written here unrecorded: what arrived so far will not be compared with the source"
+    );
+    Ok(())
 }
 
 /// The RAM blocks as spaces that follow the disks'.

@@ -39,7 +39,7 @@ use super::spaces;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::{MigrationState, SpaceProgress};
-use crate::disk::{Filling, Mode, Wants};
+use crate::disk::{Filling, Mode, Soil, Wants};
 use crate::host::Host;
 use crate::machine::Running;
 use crate::machines::{Machine, Machines};
@@ -430,6 +430,7 @@ impl Incoming {
             let journal = volume.journal.take().ok_or(missing)?;
             let filling = Arc::new(Filling::new(
                 SpaceIn::absent(info),
+                Soil::Fresh,
                 volume.file.clone(),
                 journal,
                 self.setup.wants.clone(),
