@@ -80,6 +80,28 @@ pub enum Command {
         /// The machine
         machine: Name,
     },
+    /// Show where a machine stands whose move does not go on, and take it back
+    ///
+    /// Without options nothing is changed: it shows what both sides are known to hold, what may be done, and what
+    /// each choice gives up. Run it on the host that the machine left.
+    Recover {
+        /// The machine
+        machine: Name,
+        /// Have the machine back as it was at the switchover; what its guest did since is given up
+        #[arg(long)]
+        take_back: bool,
+        /// The destination, if it cannot be reached and you are certain that the guest there does not run and
+        /// never will; otherwise the machine runs twice
+        #[arg(long, value_name = "HOST", requires = "take_back")]
+        lost: Option<PeerName>,
+    },
+    /// Explain a state directory: what it holds, what is wrong with it, what a daemon would do with it
+    ///
+    /// Nothing is changed, and no daemon is needed. Exits with 1 if something is wrong.
+    Fsck {
+        /// The directory; the configured one if left out
+        dir: Option<PathBuf>,
+    },
     /// Change how much of the link a migration may use, from now on
     Throttle {
         /// The machine

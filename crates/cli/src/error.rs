@@ -51,6 +51,8 @@ pub enum CliError {
     WhichMigration(Vec<Name>),
     #[error("volume {volume} is broken")]
     Broken { volume: Name },
+    #[error("something in {} is broken", root.display())]
+    StateBroken { root: PathBuf },
     #[error("no longer watching")]
     Interrupted { machine: Name },
     #[error("the log's filter `{filter}` is not understood: {source}")]
@@ -99,6 +101,7 @@ impl CliError {
             | CliError::TooLong { .. }
             | CliError::File { .. }
             | CliError::Broken { .. }
+            | CliError::StateBroken { .. }
             | CliError::Interrupted { .. }
             | CliError::LogFilter { .. }
             | CliError::Runtime(_) => Exit::Failed,
@@ -160,7 +163,7 @@ impl CliError {
             CliError::WhichMigration(_) => {
                 told(ErrorCode::Invalid).next_step("name the one to watch: `whimbrel watch MACHINE`")
             }
-            CliError::Broken { .. } => told(ErrorCode::Damaged)
+            CliError::Broken { .. } | CliError::StateBroken { .. } => told(ErrorCode::Damaged)
                 .machine_state("nothing was changed")
                 .next_step("do as the findings above say"),
             CliError::Interrupted { machine } => told(ErrorCode::Busy)

@@ -8,6 +8,7 @@ mod client;
 mod context;
 mod daemon;
 mod error;
+mod fsck;
 mod host;
 mod machine;
 mod manual;
@@ -16,6 +17,7 @@ mod output;
 mod peers;
 mod picture;
 mod progress;
+mod recovery;
 mod show;
 mod volume;
 
@@ -90,6 +92,12 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
         Command::Status { machine } => migration::status(context, machine).await,
         Command::Watch { machine } => migration::watch(context, machine).await,
         Command::Cancel { machine } => migration::cancel(context, machine).await,
+        Command::Recover {
+            machine,
+            take_back,
+            lost,
+        } => recovery::recover(context, machine, take_back, lost).await,
+        Command::Fsck { dir } => fsck::fsck(context, dir).await,
         Command::Throttle { machine, rate } => migration::throttle(context, machine, rate).await,
         // Done before, without a configuration or a runtime.
         Command::Completions { .. } | Command::Man { .. } => Ok(()),

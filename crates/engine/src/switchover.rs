@@ -441,9 +441,10 @@ impl Source {
                 SourceState::Preparing | SourceState::Copying | SourceState::Quiescing,
                 SourceEvent::Heard(Say::Refused { epoch }),
             ) if epoch == offered => self.keep(Phase::Cancel, false),
-            (SourceState::Granted | SourceState::Draining, SourceEvent::TakeBack { lost: true }) => {
-                self.keep(Phase::Rewind, true)
-            }
+            (
+                SourceState::Granted | SourceState::Draining,
+                SourceEvent::TakeBack { lost: true },
+            ) => self.keep(Phase::Rewind, true),
             (
                 SourceState::Granted | SourceState::Draining,
                 SourceEvent::TakeBack { lost: false },

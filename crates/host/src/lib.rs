@@ -10,11 +10,13 @@
 //! | [`disk`] | a disk as its guest sees it, whatever state the volume is in |
 //! | [`migration`] | a machine on its way, at either end |
 //! | [`peers`] | reaching other hosts |
+//! | [`fsck`] | explaining a state directory, without a daemon |
 
 pub mod api;
 pub mod config;
 pub mod daemon;
 pub mod disk;
+pub mod fsck;
 pub mod host;
 pub mod machine;
 pub mod machines;

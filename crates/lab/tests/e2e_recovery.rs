@@ -108,6 +108,89 @@ fn both_daemons_killed_in_the_drain_again_and_again() {
     scene.verified_on(Host::A, &mut guest);
 }
 
+/// Kills everything of the machine and the daemon on a host, as a host's failure would.
+fn is_lost(scene: &mut Scene, host: Host) {
+    scene.site_mut(host).kill9().expect("killed");
+    for pid in scene.site(host).qemus() {
+        let pid = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        let killed =
+            rustix::process::kill_process(pid.expect("a process"), rustix::process::Signal::KILL);
+        killed.expect("killed");
+    }
+}
+
+/// The machine runs at the source again, and nothing of it at the destination.
+fn is_back(scene: &Scene, guest: &mut whimbrel_lab::pair::Guest) {
+    let view = latest(scene, Host::A).expect("the move is told of");
+    assert_eq!(view.phase, Phase::Rewind, "{view:?}");
+    assert_eq!(scene.status(Host::A), Some(MachineStatus::Running));
+    assert_eq!(scene.site(Host::B).qemus(), Vec::<u32>::new());
+    guest.set_back();
+    scene.works(guest);
+}
+
+fn is_departed_from(scene: &Scene, host: Host) {
+    let deadline = Instant::now() + MOVE_WITHIN;
+    while scene.status(host) != Some(MachineStatus::Departed) {
+        assert!(Instant::now() < deadline, "{:?}", scene.status(host));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Asked back from a destination that answers; then from one that is lost, which is told when it is back; and
+/// then it moves, as any machine does.
+#[test]
+fn a_machine_is_taken_back_from_the_drain_and_moves_again() {
+    if !can_run() {
+        return;
+    }
+    let mut scene = start(&slow());
+    let mut guest = scene.guest_on(Host::A);
+    let refused = scene.on(Host::A).run(&["recover", NAME, "--take-back"]);
+    assert!(refused.is_err(), "there is nothing to take back");
+
+    drains_to(&scene, 100);
+    let known = scene.on(Host::A).run_for_people(&["recover", NAME]);
+    let known = known.expect("explained");
+    assert!(
+        known.contains("whimbrel recover guest --take-back\n"),
+        "{known}"
+    );
+    let sworn = ["recover", NAME, "--take-back", "--lost", "host-b"];
+    let refused = scene.on(Host::A).run(&sworn).expect_err("it is not lost");
+    assert!(refused.to_string().contains("is not lost"), "{refused}");
+    let told = scene.on(Host::A).run(&["recover", NAME, "--take-back"]);
+    told.expect("taken back");
+    is_back(&scene, &mut guest);
+    is_departed_from(&scene, Host::B);
+
+    drains_to(&scene, 100);
+    is_lost(&mut scene, Host::B);
+    let waiting = Instant::now();
+    while latest(&scene, Host::A).is_some_and(|view| view.link.connected) {
+        assert!(waiting.elapsed() < MOVE_WITHIN, "the link is not missed");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let refused = scene.on(Host::A).run(&["recover", NAME, "--take-back"]);
+    let refused = refused.expect_err("nobody can be asked").to_string();
+    assert!(refused.contains("--lost host-b"), "{refused}");
+    scene.on(Host::A).run(&sworn).expect("taken back");
+    is_back(&scene, &mut guest);
+    let explained = scene.on(Host::B).run_for_people(&["fsck"]);
+    let explained = explained.expect("nothing is broken");
+    assert!(explained.contains("a daemon would ask QEMU"), "{explained}");
+    // It comes back, and is told that the machine is not its own.
+    scene.site_mut(Host::B).start().expect("up again");
+    is_departed_from(&scene, Host::B);
+    scene.works(&mut guest);
+
+    scene.moves(Host::A, &[]);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
 /// Waits until exactly one side has the machine and nothing of the move is left; says which.
 fn settles(scene: &Scene, from: Host) -> Host {
     let to = from.other();

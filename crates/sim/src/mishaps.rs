@@ -107,6 +107,10 @@ impl World {
             for oracle in &mut self.guest.oracles {
                 oracle.power_cut(std::iter::empty());
             }
+            // It stood still somewhere, for memory that was lost.
+            if self.guest.at == Some(side) {
+                self.guest.at = None;
+            }
         }
     }
 

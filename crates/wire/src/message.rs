@@ -56,8 +56,12 @@ pub const FEATURE_ZSTD: u64 = 4;
 /// The peer says or hears [`Message::Felt`].
 pub const FEATURE_FELT: u64 = 8;
 
+/// The peer says or hears [`Say::GiveBack`] and [`Say::Yielded`].
+pub const FEATURE_GIVE_BACK: u64 = 16;
+
 /// The features of this version.
-pub const FEATURES: u64 = FEATURE_HEAT | FEATURE_AHEAD | FEATURE_ZSTD | FEATURE_FELT;
+pub const FEATURES: u64 =
+    FEATURE_HEAT | FEATURE_AHEAD | FEATURE_ZSTD | FEATURE_FELT | FEATURE_GIVE_BACK;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -292,6 +296,10 @@ impl Message {
             Message::Heat { .. } => FEATURE_HEAT,
             Message::Ahead | Message::Evicted => FEATURE_AHEAD,
             Message::Felt { .. } => FEATURE_FELT,
+            Message::Own {
+                say: Say::GiveBack { .. } | Say::Yielded { .. },
+                ..
+            } => FEATURE_GIVE_BACK,
             _ => 0,
         }
     }
@@ -411,6 +419,16 @@ mod tests {
             why: None,
         };
         assert_eq!(own.encode(), [8, 3, 5, 0]);
+        let back = Message::Own {
+            say: Say::GiveBack { epoch: Epoch(5) },
+            why: None,
+        };
+        assert_eq!(back.encode(), [8, 9, 5, 0]);
+        let yielded = Message::Own {
+            say: Say::Yielded { epoch: Epoch(5) },
+            why: None,
+        };
+        assert_eq!(yielded.encode(), [8, 10, 5, 0]);
         let demand = Message::Demand {
             space: SpaceId(1),
             runs: vec![Extent::new(300, 2)],

@@ -534,6 +534,40 @@ impl Service for FakeService {
         self.known(name.as_str(), "web1", sample_machine())
     }
 
+    async fn recovery(&self, name: Name) -> Result<RecoveryView, ApiError> {
+        let view = self.migration.borrow().clone();
+        let recovery = RecoveryView {
+            machine: view.machine,
+            migration: view.id,
+            peer: view.peer,
+            direction: view.direction,
+            phase: view.phase,
+            state: view.state,
+            epoch: sample_machine().epoch,
+            recorded: "peer-accepted under epoch 5".to_string(),
+            recorded_at: Some(view.started),
+            guest: GuestHere::Paused,
+            link: view.link,
+            absent: 1 << 20,
+            choices: vec![RecoveryChoice {
+                what: "wait".to_string(),
+                command: None,
+                gives_up: "nothing".to_string(),
+            }],
+        };
+        self.known(name.as_str(), "web1", recovery)
+    }
+
+    async fn recover(
+        &self,
+        name: Name,
+        request: RecoverRequest,
+    ) -> Result<MigrationView, ApiError> {
+        self.note(format!("recover {name} lost={:?}", request.lost));
+        let view = self.migration.borrow().clone();
+        self.known(name.as_str(), "web1", view)
+    }
+
     async fn adopt_machine(&self, request: AdoptRequest) -> Result<MachineView, ApiError> {
         self.note(format!(
             "adopt {} {}",

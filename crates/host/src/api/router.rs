@@ -94,6 +94,10 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
         .route("/v1/machines/{name}/start", post(start_machine::<S>))
         .route("/v1/machines/{name}/stop", post(stop_machine::<S>))
         .route("/v1/machines/{name}/resume", post(resume_machine::<S>))
+        .route(
+            "/v1/machines/{name}/recovery",
+            get(recovery::<S>).post(recover::<S>),
+        )
         .route("/v1/machines/{name}/switch", post(switch::<S>))
         .route("/v1/machines/{name}/cancel", post(cancel::<S>))
         .route("/v1/machines/{name}/throttle", post(throttle::<S>))
@@ -475,6 +479,18 @@ async fn resume_machine<S: Service>(
     Called(name): Called<Name>,
 ) -> Answer<MachineView> {
     s.service.resume_machine(name).await.map(json)
+}
+
+async fn recovery<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<RecoveryView> {
+    s.service.recovery(name).await.map(json)
+}
+
+async fn recover<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<RecoverRequest>,
+) -> Answer<MigrationView> {
+    s.service.recover(name, request).await.map(json)
 }
 
 async fn undefine_machine<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {

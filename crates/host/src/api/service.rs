@@ -75,6 +75,10 @@ pub trait Service: Send + Sync + 'static {
     fn stop_machine(&self, name: Name, request: StopRequest) -> answer!(MachineView);
     /// Lets a guest go on that a disk's error paused.
     fn resume_machine(&self, name: Name) -> answer!(MachineView);
+    /// Where a machine stands whose move does not go on, and what may be done.
+    fn recovery(&self, name: Name) -> answer!(RecoveryView);
+    /// Takes a machine back that was handed over and has not wholly arrived.
+    fn recover(&self, name: Name, request: RecoverRequest) -> answer!(MigrationView);
     fn adopt_machine(&self, request: AdoptRequest) -> answer!(MachineView);
     fn undefine_machine(&self, name: Name) -> answer!(());
 

@@ -446,6 +446,59 @@ pub struct ThrottleRequest {
     pub bandwidth: RateLimit,
 }
 
+/// `POST /v1/machines/NAME/recovery`: the machine is wanted back as it was at the switchover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// The destination, if the operator swears that its guest will never run again. Otherwise it is asked to end it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<PeerName>,
+}
+
+/// What is left of a guest on a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestHere {
+    Runs,
+    /// At the source: with its memory as it was at the switchover.
+    Paused,
+    /// Its QEMU is there and does not answer: it may wait for a page.
+    Silent,
+    /// No QEMU: its memory is lost, its disks are not.
+    Gone,
+}
+
+/// Where a machine stands whose move does not go on as it should, and what may be done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryView {
+    pub machine: Name,
+    pub migration: MigrationId,
+    pub peer: PeerName,
+    pub direction: Direction,
+    pub phase: Phase,
+    pub state: MigrationState,
+    pub epoch: Epoch,
+    /// The last word of this host's journal, such as `peer-accepted under epoch 5`.
+    pub recorded: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recorded_at: Option<Timestamp>,
+    pub guest: GuestHere,
+    pub link: LinkView,
+    /// Bytes that had not arrived at the destination when this host last knew.
+    pub absent: u64,
+    pub choices: Vec<RecoveryChoice>,
+}
+
+/// Something that may be done, by waiting or by a command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryChoice {
+    pub what: String,
+    /// The command; none where nothing is to be done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
+    pub gives_up: String,
+}
+
 /// How a migration fares, whatever its phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -155,6 +155,11 @@ impl Daemon {
                         tracing::info!(migration = %id, "a migration that was not accepted was cleaned away");
                     }
                 }
+                Action::EndGuest => {
+                    if let Some(plan) = &plan {
+                        self.yield_leftover(id, folder, plan)?;
+                    }
+                }
                 Action::Inspect => {
                     let plan =
                         plan.ok_or_else(|| damaged("landing.json is missing from its folder"))?;
@@ -170,6 +175,32 @@ impl Daemon {
             self.finish_arrived(id, &plan).await?;
         }
         mark_over(folder);
+        Ok(())
+    }
+
+    /// The journal says that the machine is the source's again: its guest is ended here, whatever it does, and the
+    /// records say so.
+    fn yield_leftover(&self, id: &MigrationId, folder: &Path, plan: &Plan) -> Result<(), ApiError> {
+        let name = &plan.spec.name;
+        for process in incoming::leftovers(&self.host, name) {
+            let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+            tracing::info!(machine = %name, "a guest that was given back to its source was ended");
+        }
+        let mut runtime = self.host.state.runtime(name)?;
+        if !matches!(&runtime.ownership, Ownership::Arriving { migration } if migration == id) {
+            return Ok(());
+        }
+        let to = Bound::load(folder, &self.host.trust)?.name;
+        let state = Ownership::Departed {
+            migration: id.clone(),
+            to,
+        };
+        runtime.ownership = state.clone();
+        runtime.process = None;
+        self.host.state.save_runtime(name, &runtime)?;
+        for disk in &plan.spec.disks {
+            set_volume(&self.host, &disk.volume, runtime.epoch, state.clone());
+        }
         Ok(())
     }
 
@@ -226,8 +257,8 @@ impl Daemon {
             }
         }
         if source.may_run() {
-            if source.cancel_is_unanswered() {
-                return self.tell_of_cancel(id, folder, journal, source);
+            if source.is_unanswered() {
+                return self.tell_of_the_end(id, folder, journal, source);
             }
             mark_over(folder);
             return Ok(());
@@ -236,9 +267,10 @@ impl Daemon {
         self.take_up_granted(id, folder, journal, source).await
     }
 
-    /// The move is off, and the destination may still wait for the machine: it is told, if it can be reached.
-    /// Otherwise it gives up by itself.
-    fn tell_of_cancel(
+    /// The move is off, and the destination may still wait for the machine, or own it in its own eyes: it is
+    /// told, if it can be reached. One that waits gives up by itself; one that was given the machine and is lost
+    /// is told whenever it comes back.
+    fn tell_of_the_end(
         &self,
         id: &MigrationId,
         folder: &Path,

@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::watch;
-use whimbrel_engine::inflow::{Change, FillGrant, FillPlan, Finished, ReadPlan, SpaceIn, WritePlan};
+use whimbrel_engine::inflow::{
+    Change, FillGrant, FillPlan, Finished, ReadPlan, SpaceIn, WritePlan,
+};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SECTOR, SECTORS_PER_UNIT, SpaceId, UNIT};
 use whimbrel_nbd::{Errno, ZeroHow};

@@ -186,6 +186,27 @@ impl MigrationJournal {
     }
 }
 
+/// What a migration's journal says, without touching it, and whether its last line is torn.
+///
+/// # Errors
+/// As [`MigrationJournal::open`].
+pub fn read_journal(folder: &Path) -> Result<(Vec<Record>, bool), RecordError> {
+    let path = folder.join(FILE);
+    match std::fs::read(&path) {
+        Ok(text) => match parse(&text) {
+            Ok((records, good)) => Ok((records, good < text.len())),
+            Err(line) => Err(RecordError::Damaged { path, line }),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok((Vec::new(), false)),
+        Err(source) => Err(RecordError::Io { path, source }),
+    }
+}
+
+/// When the journal was last written to.
+pub fn journal_written(folder: &Path) -> Option<std::time::SystemTime> {
+    std::fs::metadata(folder.join(FILE)).ok()?.modified().ok()
+}
+
 /// The records, and how many bytes of the text they take; or the number of the line that is damaged.
 fn parse(text: &[u8]) -> Result<(Vec<Record>, usize), usize> {
     let mut records = Vec::new();

@@ -3,6 +3,7 @@
 pub(crate) mod errors;
 mod paused;
 pub mod peers;
+mod recovery;
 mod views;
 
 use std::path::Path;
@@ -375,6 +376,20 @@ impl Service for Daemon {
             paused::resume(&standing, self.is_migrating(&standing)).await?;
         }
         Ok(self.machine_view(&machine).await)
+    }
+
+    async fn recovery(&self, name: Name) -> Result<RecoveryView, ApiError> {
+        self.recovery_of(&name).await
+    }
+
+    async fn recover(
+        &self,
+        name: Name,
+        request: RecoverRequest,
+    ) -> Result<MigrationView, ApiError> {
+        self.may_take_back(&name, &request)?;
+        let lost = request.lost.is_some();
+        self.command(&name, Command::TakeBack { lost }).await
     }
 
     async fn adopt_machine(&self, request: AdoptRequest) -> Result<MachineView, ApiError> {

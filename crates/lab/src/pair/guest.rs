@@ -209,6 +209,13 @@ impl Guest {
         }
     }
 
+    /// The guest was set back to an earlier moment: what it said since then it does not know of any more.
+    pub fn set_back(&mut self) {
+        self.listen();
+        self.reports.clear();
+        self.acknowledged = Ack::default();
+    }
+
     /// Waits for a report that comes from now on.
     pub fn wait_for_report(&mut self, within: Duration) -> Result<(), PairError> {
         self.listen();

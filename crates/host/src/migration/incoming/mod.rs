@@ -42,7 +42,7 @@ use crate::api::types::{MigrationState, SpaceProgress};
 use crate::disk::{Filling, Mode, Soil, Wants};
 use crate::host::Host;
 use crate::machine::Running;
-use crate::machines::{Machine, Machines};
+use crate::machines::{Machine, Machines, set_volume};
 use crate::state::{MachineRuntime, MigrationId, Ownership, QemuProcess, Timestamp};
 
 /// Packed device state that may gather before a grant.
@@ -351,6 +351,7 @@ impl Incoming {
             Action::MakeReady => self.make_ready().await,
             Action::RunGuest { .. } => self.run_guest().await,
             Action::CleanUp => self.clean_up().await,
+            Action::EndGuest => self.end_guest().await,
             Action::Finish(phase) => self.finish(phase).await,
             // Only after a restart, which is not driven from here.
             Action::Inspect => {}
@@ -633,6 +634,44 @@ impl Incoming {
         Plan::forget(&self.folder());
     }
 
+    /// The machine is the source's again. What its guest wrote here is left alone, and belongs to nobody.
+    async fn end_guest(&mut self) {
+        self.requests = None;
+        self.tasks.clear();
+        self.setup.arrivals.refuse();
+        // Of a machine that was never settled, or that was.
+        if let Some(running) = self.running.take() {
+            running.kill().await;
+        }
+        let view = self.setup.board.view();
+        if let Some(machine) = &self.machine {
+            machine
+                .departed(&self.setup.host, view.id, view.peer.clone())
+                .await;
+        } else if let Some(landing) = &self.landing {
+            let plan = landing.plan();
+            let state = Ownership::Departed {
+                migration: view.id,
+                to: view.peer.clone(),
+            };
+            for disk in &plan.spec.disks {
+                set_volume(
+                    &self.setup.host,
+                    &disk.volume,
+                    self.switch.epoch(),
+                    state.clone(),
+                );
+            }
+        }
+        self.ram = None;
+        self.landing = None;
+        self.setup.arrivals.set_disks(Vec::new());
+        self.setup.board.tell(format!(
+            "{} took the machine back: its guest was ended here, and what it did since the switchover is given up",
+            view.peer
+        ));
+    }
+
     async fn finish(&mut self, phase: Phase) {
         self.over = Some(phase);
         if phase == Phase::Complete {
@@ -644,6 +683,10 @@ impl Incoming {
             return;
         }
         mark_over(&self.folder());
+        if phase == Phase::Rewind {
+            self.setup.board.end(phase, MigrationState::Cancelled);
+            return;
+        }
         if let Some(why) = self.refusal.clone() {
             self.setup.board.update(|view| {
                 view.error = Some(

@@ -85,7 +85,14 @@ impl Outgoing {
             self.setup.board.end(phase, MigrationState::Completed);
             return;
         }
-        let state = if self.cancelled {
+        if self.taken_back && phase == Phase::Rewind {
+            self.setup.board.tell(if self.setup.qmp.is_some() {
+                "the machine is here again, as it was at the switchover; what it did since is given up"
+            } else {
+                "the machine is here again, its disks as they were at the switchover; its memory is lost, so it is to be started"
+            });
+        }
+        let state = if self.cancelled || self.taken_back {
             MigrationState::Cancelled
         } else {
             MigrationState::Failed

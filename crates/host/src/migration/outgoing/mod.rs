@@ -28,7 +28,8 @@ use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::source::{Handover, RamSource, SourceEvent as RamEvent, SourceOptions};
 use whimbrel_wire::message::{
-    DiskOffer, Fares, Grant, Layout, LayoutBlock, Message, Prepare, RamMode, pack,
+    DiskOffer, FEATURE_GIVE_BACK, Fares, Grant, Layout, LayoutBlock, Message, Prepare, RamMode,
+    pack,
 };
 
 use self::ahead::Ahead;
@@ -72,6 +73,11 @@ pub enum Command {
     /// End the hold.
     Switch,
     Cancel,
+    /// After the grant: the machine is wanted back as it was at the switchover. `lost`: the operator swears that
+    /// the destination's guest will never run again.
+    TakeBack {
+        lost: bool,
+    },
 }
 
 /// What a migration away from here starts with.
@@ -117,6 +123,8 @@ pub struct Outgoing {
     down_since: Option<Instant>,
     outage: Duration,
     cancelled: bool,
+    /// The operator wanted the machine back.
+    taken_back: bool,
     failure: Option<ApiError>,
     refusal: Option<String>,
     ram_taken: bool,
@@ -160,6 +168,7 @@ impl Outgoing {
             down_since: None,
             outage: Duration::ZERO,
             cancelled: false,
+            taken_back: false,
             failure: None,
             refusal: None,
             ram_taken: false,
@@ -235,7 +244,7 @@ impl Outgoing {
     /// Whether the migration is over and the destination had time to hear so: its last question may have
     /// been lost with a connection, so a link that was up throughout, and heard from, is what counts.
     fn may_leave(&mut self) -> bool {
-        if self.over.is_none() || self.switch.cancel_is_unanswered() {
+        if self.over.is_none() || self.switch.is_unanswered() {
             return false;
         }
         let now = Instant::now();
@@ -261,6 +270,23 @@ impl Outgoing {
                 if self.switch.can_cancel() {
                     self.cancelled = true;
                     self.event(SourceEvent::Cancel);
+                }
+            }
+            Command::TakeBack { lost } => {
+                let hears = self.setup.link.mouth.features() & FEATURE_GIVE_BACK != 0;
+                if !lost && !hears {
+                    self.setup.board.tell("the destination cannot be asked for the machine: it is away, or of a version that knows no giving back");
+                } else if self.switch.can_take_back() {
+                    self.taken_back = true;
+                    let peer = self.setup.board.view().peer;
+                    self.setup.board.tell(if lost {
+                        format!("the operator takes the machine back: {peer} is said to be lost")
+                    } else {
+                        format!(
+                            "the operator wants the machine back: {peer} is asked to end its guest"
+                        )
+                    });
+                    self.event(SourceEvent::TakeBack { lost });
                 }
             }
         }
@@ -428,7 +454,9 @@ impl Outgoing {
                         PATIENCE_BEFORE_GRANT.as_secs()
                     ),
                 );
-            } else if self.switch.cancel_is_unanswered() && since.elapsed() > PATIENCE_BEFORE_GRANT
+            } else if self.switch.is_unanswered()
+                && self.switch.phase() == Phase::Cancel
+                && since.elapsed() > PATIENCE_BEFORE_GRANT
             {
                 // It cleans up by itself when it asks, or when its daemon restarts.
                 self.setup
@@ -503,7 +531,11 @@ impl Outgoing {
             Action::KeepGuest { epoch } => self.keep_guest(epoch).await,
             Action::Drain => self.setup.flow.open(),
             Action::Finish(phase) => self.finish(phase).await,
-            Action::MakeReady | Action::RunGuest { .. } | Action::Inspect | Action::CleanUp => {
+            Action::MakeReady
+            | Action::RunGuest { .. }
+            | Action::Inspect
+            | Action::CleanUp
+            | Action::EndGuest => {
                 unreachable!("only a destination's state machine asks for {action:?}")
             }
         }
@@ -524,12 +556,26 @@ impl Outgoing {
                 self.switch = Source::new(self.setup.runtime.epoch);
                 self.event(SourceEvent::Failed);
             }
+            // The operator's word, and nobody will say it again: not durable, so not acted on.
+            Record::AskedBack { .. } | Record::Kept { .. } if self.taken_back_untold() => {
+                self.todo.clear();
+                self.taken_back = false;
+                (self.switch, _) = Source::recover(self.setup.journal.records());
+                self.setup.board.tell(format!(
+                    "the machine is not taken back, since that could not be written down: {error}"
+                ));
+            }
             // What these say can be learned again from the peer, or holds by default.
             _ => self
                 .setup
                 .board
                 .tell(format!("the journal could not be written: {error}")),
         }
+    }
+
+    /// Whether what is to be written next rests on the operator's word alone.
+    fn taken_back_untold(&self) -> bool {
+        self.taken_back && (self.switch.is_asking_back() || self.switch.is_unanswered())
     }
 
     async fn say(&mut self, say: Say) {
