@@ -11,6 +11,9 @@
 //!   in between      as it is
 //! ```
 //!
+//! The destination also tells how far its disk is behind with the copies: what a flush would wait at that moment.
+//! That is known before any guest has waited, and counts as a request that took so long.
+//!
 //! *Slow* is: of the last second's requests more than 1 %, and at least two, took longer than 70 % of the bound;
 //! *calm*: no more than that took longer than half of it. The margin is for what is felt before it is heard of.
 //! One request in a quiet second is no quantile. The first cut is the deepest, because a page cache takes much
@@ -119,9 +122,9 @@ impl Guard {
         }
     }
 
-    /// What the guest felt in a period, beyond the link's own round trip, and the bytes a second that push
-    /// used in it. Returns whether the cap changed.
-    pub fn period(&mut self, felt: Latencies, used: u64) -> bool {
+    /// What the guest felt in a period, beyond the link's own round trip; how long a flush would have waited for
+    /// copies in it, in microseconds; and the bytes a second that push used. Returns whether the cap changed.
+    pub fn period(&mut self, felt: Latencies, backlog_us: u64, used: u64) -> bool {
         let before = self.cap;
         self.all.merge(&felt);
         self.capped_periods += u64::from(self.cap.is_some());
@@ -142,21 +145,21 @@ impl Guard {
             .excuse
             .map_or(self.bound_us, |(own, _)| own.max(self.bound_us));
         let share = |part: f64| (bound as f64 * part) as u64;
-        if is_slow(&seen, share(SLOW)) {
-            self.cut(used, &seen);
-        } else if !is_slow(&seen, share(CALM)) {
+        if is_slow(&seen, share(SLOW)) || backlog_us > share(SLOW) {
+            self.cut(used, &seen, backlog_us);
+        } else if !is_slow(&seen, share(CALM)) && backlog_us <= share(CALM) {
             self.slow_at_floor = 0;
             self.grow(used);
         }
         self.cap != before
     }
 
-    fn cut(&mut self, used: u64, seen: &Latencies) {
+    fn cut(&mut self, used: u64, seen: &Latencies, backlog_us: u64) {
         self.unused = 0;
         if self.cap == Some(FLOOR) {
             self.slow_at_floor += 1;
             if self.slow_at_floor >= BLAMELESS {
-                let own = seen.quantile(0.99).unwrap_or(0);
+                let own = seen.quantile(0.99).unwrap_or(0).max(backlog_us);
                 self.excuse = Some((own.saturating_mul(5) / 2, EXCUSED));
                 self.slow_at_floor = 0;
             }
@@ -217,7 +220,7 @@ mod tests {
             let (felt, used) = disk.period(link, guard.cap());
             pushed += used * PERIOD_US / 1_000_000;
             slow += u32::from(felt.over(guard.bound_us()) > 0);
-            guard.period(felt, used);
+            guard.period(felt, 0, used);
         }
         (pushed, slow)
     }
@@ -270,10 +273,10 @@ mod tests {
         let mut guard = Guard::new(50_000);
         let mut slow = Latencies::default();
         (0..10).for_each(|_| slow.record(90_000));
-        assert!(guard.period(slow, 10_000_000));
+        assert!(guard.period(slow, 0, 10_000_000));
         assert_eq!(guard.cap(), Some(2_500_000));
         for _ in 0..40 {
-            guard.period(Latencies::default(), 1_000_000);
+            guard.period(Latencies::default(), 0, 1_000_000);
         }
         assert_eq!(guard.cap(), None);
     }
@@ -283,7 +286,7 @@ mod tests {
         let mut guard = Guard::new(50_000);
         let mut felt = Latencies::default();
         felt.record(900_000);
-        assert!(!guard.period(felt, 10_000_000));
+        assert!(!guard.period(felt, 0, 10_000_000));
         assert_eq!(guard.cap(), None);
     }
 
@@ -293,8 +296,22 @@ mod tests {
         for _ in 0..500 {
             let mut felt = Latencies::default();
             (0..10).for_each(|_| felt.record(900_000));
-            guard.period(felt, 0);
+            guard.period(felt, 0, 0);
             assert!(guard.cap().is_none_or(|cap| cap >= FLOOR));
         }
+    }
+
+    #[test]
+    fn a_disk_that_falls_behind_is_relieved_before_the_guest_has_waited() {
+        let mut guard = Guard::new(100_000);
+        assert!(guard.period(Latencies::default(), 80_000, 10_000_000));
+        assert_eq!(guard.cap(), Some(2_500_000));
+        for _ in 0..BLIND {
+            guard.period(Latencies::default(), 80_000, 2_500_000);
+        }
+        // Neither slow nor calm.
+        assert!(!guard.period(Latencies::default(), 60_000, 2_500_000));
+        assert!(guard.period(Latencies::default(), 40_000, 2_500_000));
+        assert!(guard.cap() > Some(2_500_000));
     }
 }

@@ -20,6 +20,7 @@
 
 mod direct;
 mod patience;
+mod settle;
 
 use std::fs::{File, OpenOptions};
 use std::future::Future;
@@ -374,6 +375,19 @@ impl RawFile {
                 .map_err(|e| inner.error(Operation::Prefetch, offset, len, e.into()))
         };
         self.pool.run(Lane::Slow, advise).await?
+    }
+
+    /// Writes the range out of the page cache and waits until the disk has it; not durable by that alone.
+    pub async fn write_out(&self, offset: u64, len: u64) -> Result<()> {
+        if self.inner.direct.is_some() {
+            return Ok(());
+        }
+        let inner = Arc::clone(&self.inner);
+        let out = move || {
+            settle::write_out(&inner.file, offset, len)
+                .map_err(|e| inner.error(Operation::Sync, offset, len, e))
+        };
+        self.pool.run(Lane::Slow, out).await?
     }
 
     /// For jobs that themselves run on the pool.

@@ -59,9 +59,16 @@ pub const FEATURE_FELT: u64 = 8;
 /// The peer says or hears [`Say::GiveBack`] and [`Say::Yielded`].
 pub const FEATURE_GIVE_BACK: u64 = 16;
 
+/// The peer says or hears [`Message::Backlog`].
+pub const FEATURE_BACKLOG: u64 = 32;
+
 /// The features of this version.
-pub const FEATURES: u64 =
-    FEATURE_HEAT | FEATURE_AHEAD | FEATURE_ZSTD | FEATURE_FELT | FEATURE_GIVE_BACK;
+pub const FEATURES: u64 = FEATURE_HEAT
+    | FEATURE_AHEAD
+    | FEATURE_ZSTD
+    | FEATURE_FELT
+    | FEATURE_GIVE_BACK
+    | FEATURE_BACKLOG;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -249,6 +256,11 @@ pub enum Message {
     Felt {
         counts: Vec<(u8, u32)>,
     },
+    /// How long a flush of the guest's would have waited of late, at most, for copies that had arrived, in
+    /// microseconds. Needs [`FEATURE_BACKLOG`].
+    Backlog {
+        us: u64,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -296,6 +308,7 @@ impl Message {
             Message::Heat { .. } => FEATURE_HEAT,
             Message::Ahead | Message::Evicted => FEATURE_AHEAD,
             Message::Felt { .. } => FEATURE_FELT,
+            Message::Backlog { .. } => FEATURE_BACKLOG,
             Message::Own {
                 say: Say::GiveBack { .. } | Say::Yielded { .. },
                 ..
@@ -440,6 +453,8 @@ mod tests {
             counts: vec![(3, 1), (40, 300)],
         };
         assert_eq!(felt.encode(), [25, 2, 3, 1, 40, 0xac, 2]);
+        let backlog = Message::Backlog { us: 300 };
+        assert_eq!(backlog.encode(), [26, 0xac, 2]);
         let backwards = Message::Felt {
             counts: vec![(40, 1), (3, 1)],
         };

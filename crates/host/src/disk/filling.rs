@@ -7,7 +7,7 @@
 //! engine, the file, residency, the journal when it suits.
 
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -24,6 +24,7 @@ use whimbrel_volume::journal::Journal;
 use whimbrel_volume::raw::Zeroes;
 
 use super::Wants;
+use super::behind::Behind;
 use super::export::{errno, zeroes_of};
 use super::felt::Request;
 use crate::wakers::Wakers;
@@ -43,6 +44,7 @@ pub struct Filling {
     clock: Instant,
     complete: watch::Sender<bool>,
     soil: Soil,
+    behind: Arc<Behind>,
 }
 
 /// What the file holds where nothing is known to be.
@@ -85,6 +87,7 @@ impl Filling {
         let (complete, _) = watch::channel(space.is_complete());
         Filling {
             id: space.info().id,
+            behind: Behind::new(file.clone()),
             file,
             journal,
             wants,
@@ -138,6 +141,11 @@ impl Filling {
     /// Demands that were made and not answered.
     pub fn outstanding(&self) -> Vec<Extent> {
         self.inner().space.outstanding()
+    }
+
+    /// How long a flush would have waited for copies, at most, since this was last asked.
+    pub fn backlog(&self) -> Duration {
+        self.behind.backlog()
     }
 
     /// Resolves when every unit is resident.
@@ -284,6 +292,7 @@ impl Filling {
             if result.is_err() {
                 break;
             }
+            self.behind.wrote(*run);
         }
         if result.is_ok() {
             for &(unit, mask) in &grant.merge {

@@ -11,6 +11,7 @@
 //! owns the machine, under a lock whose other side changes the mode. When [`Disk::freeze`] returns, every
 //! write that was acknowledged is in the file and none will follow.
 
+mod behind;
 mod export;
 mod felt;
 mod filling;

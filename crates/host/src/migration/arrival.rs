@@ -5,6 +5,7 @@
 //! life there is gives way: the source has given it up already, or it would not dial.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -15,7 +16,8 @@ use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
 use whimbrel_peer::hello::Class;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::message::{
-    FEATURE_AHEAD, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap, unpack_bitmap,
+    FEATURE_AHEAD, FEATURE_BACKLOG, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap,
+    unpack_bitmap,
 };
 
 use super::arrivals::Arrivals;
@@ -34,6 +36,9 @@ const STORING: usize = 64;
 
 /// Connections of a session that wait to be taken up; more are turned away.
 const DOORSTEP: usize = 8;
+
+/// A disk that is no further behind is not.
+const WORTH_TELLING: Duration = Duration::from_millis(5);
 
 /// Where connections of a session are handed in.
 pub type Door = mpsc::Sender<(Class, Connection)>;
@@ -247,6 +252,12 @@ async fn control_out(
                     life.wants.felt.set_round_trip(rtt);
                 }
                 let felt = life.wants.felt.take();
+                let backlog = life.arrivals.backlog();
+                let hears = life.mouth.features() & FEATURE_BACKLOG != 0;
+                if backlog >= WORTH_TELLING && hears && life.pulse.is_alive() {
+                    let us = backlog.as_micros() as u64;
+                    say(&mut sender, &Message::Backlog { us }).await?;
+                }
                 let knows = life.mouth.features() & FEATURE_FELT != 0;
                 if !felt.is_empty() && knows && life.pulse.is_alive() {
                     let counts = felt.counts().collect();

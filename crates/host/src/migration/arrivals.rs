@@ -409,6 +409,12 @@ impl Arrivals {
         all
     }
 
+    /// How long a guest's flush would have waited for copies, at most, since this was last asked.
+    pub fn backlog(&self) -> std::time::Duration {
+        let disks = self.disks();
+        disks.iter().map(|d| d.backlog()).max().unwrap_or_default()
+    }
+
     pub fn late_copies(&self) -> u64 {
         let disks: u64 = self.disks().iter().map(|d| d.late_copies()).sum();
         disks + self.ram().map_or(0, |ram| ram.late_copies())

@@ -448,6 +448,7 @@ async fn control_in(
                 packed,
             }) => holdings.note(&flow, space, first, units, &packed)?,
             Heard::Message(Message::Evicted) => evicted = true,
+            Heard::Message(Message::Backlog { us }) => life.gear.easing.heard_backlog(us),
             Heard::Message(Message::Felt { counts }) => {
                 // Decoding has checked them.
                 if let Some(felt) = Latencies::from_counts(&counts) {

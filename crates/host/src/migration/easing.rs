@@ -27,6 +27,8 @@ pub struct Easing {
 struct Inner {
     guard: Guard,
     heard: Latencies,
+    /// How long a flush would have waited at the destination, at most.
+    backlog_us: u64,
     /// What content had been sent when the period began, and when that was.
     admitted: Option<(u64, Instant)>,
 }
@@ -38,6 +40,7 @@ impl Easing {
             inner: Mutex::new(Inner {
                 guard: Guard::new(us),
                 heard: Latencies::default(),
+                backlog_us: 0,
                 admitted: None,
             }),
         }
@@ -52,11 +55,18 @@ impl Easing {
         self.inner().heard.merge(felt);
     }
 
+    /// How long a flush of the guest's would have to wait at the destination.
+    pub fn heard_backlog(&self, us: u64) {
+        let mut inner = self.inner();
+        inner.backlog_us = inner.backlog_us.max(us);
+    }
+
     /// A period is over in which the bytes of content that were sent, all told, became `admitted`. Returns what
     /// push may use from now on, in bytes of content a second. A link that does not live says nothing about disks.
     pub fn period(&self, admitted: u64, now: Instant, link_lives: bool) -> Option<u64> {
         let mut inner = self.inner();
         let heard = std::mem::take(&mut inner.heard);
+        let backlog = std::mem::take(&mut inner.backlog_us);
         let before = inner.admitted.replace((admitted, now));
         if !link_lives {
             inner.guard.forget();
@@ -67,7 +77,7 @@ impl Easing {
             let bytes = admitted.saturating_sub(bytes) as f64;
             (bytes / over.max(1e-3)) as u64
         });
-        if inner.guard.period(heard, used) {
+        if inner.guard.period(heard, backlog, used) {
             tracing::debug!(cap = inner.guard.cap(), used, "push yields to the guest");
         }
         inner.guard.cap()

@@ -205,6 +205,16 @@ impl Backend {
         }
     }
 
+    /// Writes the range out of the page cache and waits until the disk has it; not durable by that alone. An image
+    /// is left to its own.
+    pub async fn write_out(&self, offset: u64, len: u64) -> Result<()> {
+        match &self.kind {
+            Kind::Raw(raw) => raw.write_out(offset, len).await,
+            Kind::Device(device) => device.raw().write_out(offset, len).await,
+            Kind::Image(_) => Ok(()),
+        }
+    }
+
     /// Which parts of the range hold data, ascending, without a gap, neighbours differing. At most 65,536
     /// runs: if the last one ends before the range does, ask again from there.
     pub async fn data_extents(&self, offset: u64, len: u64) -> Result<Vec<DataExtent>> {
