@@ -16,6 +16,7 @@
 pub mod error;
 pub mod guest;
 pub mod kills;
+pub mod links;
 pub mod net;
 pub mod pair;
 mod priority;

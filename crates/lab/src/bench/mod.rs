@@ -1,7 +1,9 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
+mod cap;
 mod guard;
 mod kills;
+mod link;
 mod nbd;
 mod soak;
 
@@ -16,6 +18,10 @@ pub enum Bench {
     Guard(guard::GuardArgs),
     /// Daemons killed under `fio --verify` while a volume is relocated; nothing may be lost
     Kills(kills::KillsArgs),
+    /// What push makes of links of all kinds, and what demands wait beside it
+    Link(link::LinkArgs),
+    /// Whether a bandwidth that was set holds, and how soon a new one does
+    Cap(cap::CapArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
     Nbd(nbd::NbdArgs),
     /// Serve one file as `bench nbd` wants it served
@@ -29,6 +35,8 @@ impl Bench {
             Bench::Soak(args) => soak::run(args),
             Bench::Guard(args) => guard::run(args),
             Bench::Kills(args) => kills::run(args),
+            Bench::Link(args) => link::run(args),
+            Bench::Cap(args) => cap::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }
