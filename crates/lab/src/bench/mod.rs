@@ -1,6 +1,7 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
 mod cap;
+mod codec;
 mod guard;
 mod kills;
 mod link;
@@ -20,6 +21,8 @@ pub enum Bench {
     Kills(kills::KillsArgs),
     /// What push makes of links of all kinds, and what demands wait beside it
     Link(link::LinkArgs),
+    /// What `--compress auto` costs beside the best fixed choice, by data and link
+    Codec(codec::CodecArgs),
     /// Whether a bandwidth that was set holds, and how soon a new one does
     Cap(cap::CapArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
@@ -36,6 +39,7 @@ impl Bench {
             Bench::Guard(args) => guard::run(args),
             Bench::Kills(args) => kills::run(args),
             Bench::Link(args) => link::run(args),
+            Bench::Codec(args) => codec::run(args),
             Bench::Cap(args) => cap::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),

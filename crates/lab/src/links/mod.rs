@@ -6,6 +6,7 @@
 //! the link gives to who has nothing else to do, [`copy`] tells.
 
 pub mod copy;
+pub mod data;
 pub mod demands;
 
 use crate::net::Host;
@@ -100,8 +101,13 @@ impl Rig {
         self.bytes
     }
 
-    /// Switches the machine over; push is held to `bandwidth` from the start.
+    /// Switches the machine over; push is held to `bandwidth` from the start, and content goes as it is.
     pub fn depart(&self, bandwidth: &str) -> Result<(), PairError> {
+        self.depart_packed(bandwidth, "none")
+    }
+
+    /// Switches the machine over; content is packed as `--compress` says.
+    pub fn depart_packed(&self, bandwidth: &str, compress: &str) -> Result<(), PairError> {
         self.pair.on(Host::A).run(&[
             "migrate",
             NAME,
@@ -110,7 +116,7 @@ impl Rig {
             "--ram",
             "postcopy",
             "--compress",
-            "none",
+            compress,
             "--bandwidth",
             bandwidth,
             "--detach",
