@@ -5,9 +5,10 @@ mod e2e_support;
 use e2e_support::{NAME, can_run, fast, secs, start};
 use std::process::Command;
 use std::time::Instant;
+use whimbrel_lab::links::{Rig, noise};
 use whimbrel_lab::net::Host;
-use whimbrel_lab::pair::GuestSpec;
 use whimbrel_lab::pair::answers::{HostView, MachineStatus};
+use whimbrel_lab::pair::{GuestSpec, Pair, whimbrel_program};
 
 #[test]
 fn a_daemon_restarted_under_a_running_guest_costs_no_io_error() {
@@ -103,4 +104,47 @@ fn a_volume_of_a_tebibyte_takes_little_memory() {
     assert!(most <= BUDGET_KIB, "{most} KiB");
     scene.works(&mut guest);
     scene.verified_on(Host::A, &mut guest);
+}
+
+/// Nobody: the user and group of daemons without rights.
+const NOBODY: u32 = 65534;
+
+/// Everything but a guest's network is done by daemons that have no right but to their own folder.
+#[test]
+fn daemons_without_root_serve_disks_and_move_a_machine() {
+    if !can_run() {
+        return;
+    }
+    let mut pair = Pair::prepare(&fast()).expect("two hosts are made");
+    // Where a build lies is not everybody's to read.
+    let program = pair.folder().path().join("whimbrel");
+    std::fs::copy(whimbrel_program().expect("it is built"), &program).expect("room");
+    let content = pair.folder().path().join("content");
+    noise(&content, 8 << 20).expect("room");
+    for host in Host::BOTH {
+        let site = pair.site_mut(host);
+        let mut chown = Command::new("chown");
+        let chown = chown.args(["-R", &format!("{NOBODY}:{NOBODY}")]);
+        assert!(chown.arg(site.folder()).status().expect("run").success());
+        let as_root = site.daemon_command();
+        let mut daemon = Command::new("setpriv");
+        let ids = [format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")];
+        daemon.args(ids).args(["--clear-groups", "--no-new-privs"]);
+        daemon.arg(&program).args(as_root.get_args());
+        site.start_as(daemon).expect("up without rights");
+    }
+    let rig = Rig::new(pair, &content).expect("a machine that runs");
+    rig.depart_packed("unlimited", "auto").expect("switched over");
+    let deadline = Instant::now() + e2e_support::MOVE_WITHIN;
+    loop {
+        let view = rig.view(Host::A).expect("the daemon answers");
+        let view = view.expect("the move is told of");
+        if let Some(report) = view.report {
+            assert!(report.verified, "{report:?}");
+            assert_eq!(report.units_outdated, 0);
+            break;
+        }
+        assert!(Instant::now() < deadline, "{view:?}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
 }
