@@ -75,6 +75,11 @@ impl World {
     }
 
     fn at_destination(&mut self) {
+        let asked = |record: &Record| matches!(record, Record::AskedBack { .. });
+        if self.src.journal.iter().any(asked) {
+            let what = "the machine was asked back, and the move completed".to_string();
+            return self.broken("asked back", what);
+        }
         if !matches!(self.dst.journal.last(), Some(Record::Completed { .. })) {
             let what = format!(
                 "the source is complete, the destination's journal {:?}",
