@@ -13,6 +13,7 @@
 //! The guests' LAN reaches both hosts and does not cross the WAN, so that a guest keeps its address
 //! when it moves and is watched from the client ([`probe`]) by a path the move does not load.
 
+pub mod chaos;
 pub mod error;
 pub mod guest;
 pub mod kills;

@@ -47,6 +47,14 @@ impl Board {
         self.view.send_modify(f);
     }
 
+    /// The phase whose work is about to be done: a stop that does not come to its end is to be seen as one.
+    /// An end is told when it is one.
+    pub fn entering(&self, phase: Phase) {
+        if !matches!(phase, Phase::Complete | Phase::Cancel | Phase::Rewind) {
+            self.phase(phase);
+        }
+    }
+
     pub fn phase(&self, phase: Phase) {
         self.update(|view| {
             if view.phase != phase {

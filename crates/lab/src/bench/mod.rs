@@ -2,6 +2,7 @@
 
 mod cap;
 mod codec;
+mod chaos;
 mod guard;
 mod kills;
 mod link;
@@ -25,6 +26,8 @@ pub enum Bench {
     Codec(codec::CodecArgs),
     /// Whether a bandwidth that was set holds, and how soon a new one does
     Cap(cap::CapArgs),
+    /// Each process of a move killed, and the link cut, in each phase: the crash table on real QEMUs
+    Chaos(chaos::ChaosArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
     Nbd(nbd::NbdArgs),
     /// Serve one file as `bench nbd` wants it served
@@ -41,6 +44,7 @@ impl Bench {
             Bench::Link(args) => link::run(args),
             Bench::Codec(args) => codec::run(args),
             Bench::Cap(args) => cap::run(args),
+            Bench::Chaos(args) => chaos::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }

@@ -296,6 +296,12 @@ impl Guest {
         Ok(outcome)
     }
 
+    /// The disk of a guest that ended as by a power cut: sentences about what is wrong with it.
+    pub fn verify_crashed(&self, image: &Path) -> Result<Vec<String>, PairError> {
+        let disk = verify(image, &self.disk.manifest, self.acknowledged)?;
+        Ok(faults_of(&disk).into_iter().collect())
+    }
+
     /// The stopped guest's disk against everything that is known about it.
     pub fn verify(&self, outcome: Outcome, image: &Path) -> Result<Verdict, PairError> {
         let said = Ack {
@@ -333,23 +339,23 @@ impl Guest {
         if disk.journal_replayed {
             problems.push("the guest shut down but its disk's journal was not clean".to_owned());
         }
-        if !disk.passed() {
-            let first: Vec<String> = disk
-                .failures
-                .iter()
-                .take(3)
-                .map(|f| format!("{f:?}"))
-                .collect();
-            problems.push(format!(
-                "the disk has {} faults, the first: {}",
-                disk.failure_count,
-                first.join("; ")
-            ));
-        }
+        problems.extend(faults_of(&disk));
         Ok(Verdict {
             outcome,
             disk,
             problems,
         })
     }
+}
+
+fn faults_of(disk: &VerifyReport) -> Option<String> {
+    let first = disk.failures.iter().take(3).map(|f| format!("{f:?}"));
+    let first: Vec<String> = first.collect();
+    (!disk.passed()).then(|| {
+        format!(
+            "the disk has {} faults, the first: {}",
+            disk.failure_count,
+            first.join("; ")
+        )
+    })
 }

@@ -26,7 +26,7 @@ pub use error::PairError;
 pub use folder::Folder;
 pub use follow::{Ended, Follow, Seen};
 pub use guest::{Guest, GuestSpec, Verdict};
-pub use site::{Site, SiteSpec};
+pub use site::{Site, SiteSpec, qemus_in};
 
 use crate::net::{Host, Lab, LabSpec};
 use answers::MachineView;

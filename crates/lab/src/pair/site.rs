@@ -4,6 +4,7 @@ use super::answers::HostView;
 use super::{PairError, Whimbrel, tail};
 use crate::net::{BRIDGE, Host, Lab, Namespace};
 use crate::process::Process;
+use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -197,27 +198,44 @@ impl Site {
         Ok(())
     }
 
+    /// Sends the daemon a signal; to none, or one that has ended: nothing.
+    pub fn signal(&mut self, signal: Signal) -> Result<(), PairError> {
+        if let Some(daemon) = &mut self.daemon {
+            daemon.signal(signal)?;
+        }
+        Ok(())
+    }
+
     /// Process ids of the QEMUs in this host's namespace.
     pub fn qemus(&self) -> Vec<u32> {
-        let Ok(mine) = std::fs::metadata(Path::new("/run/netns").join(self.namespace.name()))
-        else {
-            return Vec::new();
-        };
-        let Ok(processes) = std::fs::read_dir("/proc") else {
-            return Vec::new();
-        };
-        let inode = std::os::unix::fs::MetadataExt::ino(&mine);
-        let link = format!("net:[{inode}]");
-        processes
-            .flatten()
-            .filter(|p| {
-                std::fs::read_link(p.path().join("ns/net")).is_ok_and(|l| l.as_os_str() == &*link)
-                    && std::fs::read(p.path().join("cmdline"))
-                        .is_ok_and(|c| is_machine(&String::from_utf8_lossy(&c)))
-            })
-            .filter_map(|p| p.file_name().to_str()?.parse().ok())
-            .collect()
+        qemus_in(&self.namespace)
     }
+
+    /// The host's namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+}
+
+/// Process ids of the QEMUs with a machine in a namespace.
+pub fn qemus_in(namespace: &Namespace) -> Vec<u32> {
+    let Ok(mine) = std::fs::metadata(Path::new("/run/netns").join(namespace.name())) else {
+        return Vec::new();
+    };
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let inode = std::os::unix::fs::MetadataExt::ino(&mine);
+    let link = format!("net:[{inode}]");
+    processes
+        .flatten()
+        .filter(|p| {
+            std::fs::read_link(p.path().join("ns/net")).is_ok_and(|l| l.as_os_str() == &*link)
+                && std::fs::read(p.path().join("cmdline"))
+                    .is_ok_and(|c| is_machine(&String::from_utf8_lossy(&c)))
+        })
+        .filter_map(|p| p.file_name().to_str()?.parse().ok())
+        .collect()
 }
 
 /// Whether a command line (its words ended by zeroes) is that of a QEMU with a machine, and not of a

@@ -165,6 +165,7 @@ impl Incoming {
         let mut linger = None;
         loop {
             while let Some(action) = self.todo.pop_front() {
+                self.setup.board.entering(self.switch.phase());
                 self.perform(action).await;
             }
             self.setup.board.phase(self.switch.phase());
@@ -568,6 +569,11 @@ impl Incoming {
                 "the source was out of reach for {} s",
                 PATIENCE_BEFORE_GRANT.as_secs()
             ));
+            self.event(DestinationEvent::Failed);
+        }
+        if waiting && self.running.as_ref().is_some_and(Running::has_ended) {
+            // What goes ahead could not be stored, and so the source would never switch.
+            self.refusal = Some("the QEMU that waited for the machine has ended".to_string());
             self.event(DestinationEvent::Failed);
         }
         let mut resident: Vec<u64> = Vec::new();

@@ -206,6 +206,7 @@ impl Outgoing {
         let mut sample = tokio::time::interval(SAMPLE);
         loop {
             while let Some(action) = self.todo.pop_front() {
+                self.setup.board.entering(self.switch.phase());
                 self.perform(action).await;
             }
             self.say_facts_again().await;
