@@ -52,15 +52,15 @@ pub enum Moment {
     /// A few drawn milliseconds after the daemon gave its QEMU the end of the stream to keep, the last thing
     /// before the stop is asked for.
     InStop,
-    /// The link is cut just before the order to switch: the grant is said and does not arrive. Acted upon
-    /// when the stopped guest's last pages have come.
+    /// The link is cut when the stop is asked for: the grant is said and does not arrive. Acted upon when the
+    /// stopped guest's last pages have come.
     Unheard,
     /// As [`Unheard`](Self::Unheard), and acted upon as soon as the grant is in the journal.
     UnheardAtOnce,
-    /// The destination's daemon is stopped by SIGSTOP before the order to switch: the grant reaches its
-    /// socket and is not read.
+    /// The destination's daemon is stopped by SIGSTOP when the stop is asked for: the grant reaches its socket
+    /// and is not read.
     Unread,
-    /// The destination's QEMU is stopped by SIGSTOP before the order to switch: it is given the machine, and
+    /// The destination's QEMU is stopped by SIGSTOP when the stop is asked for: it is given the machine, and
     /// does not take it.
     Loading,
     /// A few drawn milliseconds after `accepted` is in the journal.

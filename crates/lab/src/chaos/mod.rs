@@ -45,6 +45,12 @@ const NAME: &str = "guest";
 /// How often a cell is tried until its phase is hit.
 pub const TRIES: u32 = 5;
 
+/// Five reports left out: the guest stood still.
+const SILENCE: Duration = Duration::from_millis(5 * INTERVAL_MS as u64);
+
+/// Between two reports of the guest.
+const INTERVAL_MS: u32 = 200;
+
 /// How long a guest that crashed may take to be at work again.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
@@ -75,9 +81,10 @@ pub struct Row {
     /// What both daemons said in the end, and the last that the source's told of the move.
     pub state: String,
     pub told: Vec<String>,
-    /// From the stroke to the guest's next report; none if it did not live.
+    /// From the stroke to the end of the guest's last silence, or else to its next report; none if it did
+    /// not live. What the laboratory itself held is in it.
     pub again_s: Option<f64>,
-    /// The guest's longest silence around the stroke.
+    /// The guest's longest silence that lasted until after the stroke or began after it.
     pub silence_s: Option<f64>,
     pub dead_ms: u64,
     /// On a virtual processor at the destination, and at the source after that.
@@ -212,7 +219,7 @@ impl Stage {
         let hosts = Host::BOTH.map(|host| (host, pair.site(host).namespace().clone()));
         let running = Running::start(hosts)?;
         let mut guest_spec = GuestSpec::small(NAME);
-        guest_spec.params.interval_ms = 200;
+        guest_spec.params.interval_ms = INTERVAL_MS;
         let mut guest = Guest::new(pair.lab(), guest_spec)?;
         pair.define(Host::A, &guest)?;
         let took = pair.boot(Host::A, &mut guest)?;
@@ -261,7 +268,7 @@ impl Stage {
         let from = self.at;
         row.problems.extend(is_well(&mut self.guest));
         self.running.begin();
-        let stroke = Striking::new(&mut self.pair, from, cell, draw).strike()?;
+        let stroke = Striking::new(&mut self.pair, &self.running, from, cell, draw).strike()?;
         row.hit = stroke.phase == cell.moment.phase();
         if !row.hit {
             row.hit_instead.push(stroke.phase.to_string());
@@ -318,6 +325,19 @@ impl Stage {
                 row.problems.extend(is_well(&mut self.guest));
                 self.goes_on = true;
             }
+            // What the table leaves to the operator: its QEMU is ended, and its disks are whole.
+            Some(Outcome::Starved) => {
+                let qemus = self.pair.site(from.other()).qemus();
+                qemus.into_iter().for_each(strike::kill);
+                let (outcome, sides) = settle(&self.pair, &mut self.guest, from)?;
+                if outcome != Some(Outcome::CrashedAtDestination) {
+                    row.state = sides.text();
+                    row.problems
+                        .push("its QEMU was ended, and the move of its disks does not".to_owned());
+                    return Ok(());
+                }
+                return self.guest_goes_on(outcome, from, row);
+            }
             Some(Outcome::CrashedAtSource | Outcome::CrashedAtDestination) => {
                 self.at = match outcome {
                     Some(Outcome::CrashedAtSource) => from,
@@ -334,7 +354,7 @@ impl Stage {
                 self.guest.wait_until_at_work(BOOT_WITHIN)?;
                 self.goes_on = true;
             }
-            Some(Outcome::Paused | Outcome::Starved) | None => {}
+            Some(Outcome::Paused) | None => {}
         }
         Ok(())
     }
@@ -365,13 +385,15 @@ impl Stage {
         if self.checked_disk || !self.goes_on {
             return;
         }
-        let again = life.iter().find(|(at, _)| *at > stroke.at);
-        row.again_s = again.map(|(at, _)| (*at - stroke.at).as_secs_f64());
-        let around = life
-            .windows(2)
-            .filter(|pair| pair[1].0 + Duration::from_secs(5) > stroke.at);
-        let silences = around.map(|pair| (pair[1].0 - pair[0].0).as_secs_f64());
-        row.silence_s = silences.reduce(f64::max);
+        let after = life.windows(2).filter(|pair| pair[1].0 > stroke.at);
+        let gaps: Vec<(Instant, Duration)> = after
+            .map(|pair| (pair[1].0, pair[1].0 - pair[0].0))
+            .collect();
+        let last = gaps.iter().rfind(|(_, gap)| *gap > SILENCE);
+        let again = last.or(gaps.first()).map(|(at, _)| *at - stroke.at);
+        row.again_s = again.map(|time| time.as_secs_f64());
+        let longest = gaps.iter().map(|(_, gap)| gap.as_secs_f64());
+        row.silence_s = longest.reduce(f64::max);
     }
 
     /// Shuts the guest down and checks everything.

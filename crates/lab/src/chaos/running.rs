@@ -11,7 +11,7 @@ use crate::LabError;
 use crate::net::{Host, Namespace};
 use crate::pair::qemus_in;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -23,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Looks between two searches for new QEMUs.
 const SEARCH: u32 = 10;
 
-/// Less than this is what a virtual processor takes to be made, stopped, loaded and looked at.
+/// Less than this is what a virtual processor takes to be stopped, loaded and looked at.
 pub const NOTICED: Duration = Duration::from_millis(10);
 
 /// What was taken is kept in one list, emptied before each run; beyond this the oldest goes.
@@ -82,7 +82,7 @@ impl Running {
         })
     }
 
-    /// Forgets what was seen.
+    /// Forgets what was seen: before the guest is asked to stop, what its waiting QEMU took was to be made.
     pub fn begin(&self) {
         self.shared.taken().clear();
     }
@@ -134,7 +134,9 @@ fn look(hosts: &[(Host, Namespace); 2], shared: &Shared) {
         looks += 1;
         let at = Instant::now();
         known.retain(|thread, (host, before)| {
-            let Some(now) = on_processor(thread) else {
+            // In this order: what a thread takes to end, its memory's release included, is no guest's.
+            let now = on_processor(thread);
+            let Some(now) = now.filter(|_| !is_ending(thread)) else {
                 return false;
             };
             if now > *before {
@@ -166,9 +168,22 @@ fn processors(pid: u32) -> Vec<PathBuf> {
 }
 
 /// Nanoseconds on a processor; `None` once the thread has gone.
-fn on_processor(schedstat: &PathBuf) -> Option<u64> {
+fn on_processor(schedstat: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(schedstat).ok()?;
     text.split_whitespace().next()?.parse().ok()
+}
+
+/// Whether the thread is on its way out, by its flags in the ninth field of `stat` (proc(5)). The second, its
+/// name, may hold anything, and ends with the last bracket.
+fn is_ending(schedstat: &Path) -> bool {
+    const PF_EXITING: u64 = 4;
+    let text = std::fs::read_to_string(schedstat.with_file_name("stat")).unwrap_or_default();
+    let flags = text
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().nth(6));
+    let flags: Option<u64> = flags.and_then(|flags| flags.parse().ok());
+    flags.is_none_or(|flags| flags & PF_EXITING != 0)
 }
 
 #[cfg(test)]

@@ -103,14 +103,14 @@ impl Sides {
             (MachineStatus::Running, _) if here.qemus == 1 && there.is_without() && over => {
                 Some(Outcome::Source)
             }
-            (_, Some(MachineStatus::Running)) if departed && there.qemus == 1 => {
-                if here.qemus == 0 && completed {
-                    Some(Outcome::Destination)
-                } else if here.qemus == 0 && silent && !over {
-                    Some(Outcome::Starved)
-                } else {
-                    None
-                }
+            (_, Some(MachineStatus::Running)) if departed && there.qemus == 1 && completed => {
+                (here.qemus == 0).then_some(Outcome::Destination)
+            }
+            // A QEMU that waits for a page may not answer its monitor: then it is told of as paused.
+            (_, Some(MachineStatus::Running | MachineStatus::Paused))
+                if departed && there.qemus == 1 && here.qemus == 0 =>
+            {
+                (silent && !over).then_some(Outcome::Starved)
             }
             (MachineStatus::Crashed, _)
                 if here.qemus == 0

@@ -2,11 +2,12 @@
 //!
 //! The product has nothing for this to take hold of. The phases that last (prepare, copy, drain) are waited
 //! for in what the command tells. Those of milliseconds are made to last by stopping (SIGSTOP) whoever would
-//! end them, or by cutting the link before they begin, or they are met by polling what appears on the way:
+//! end them, or by cutting the link as they begin, or they are met by polling what appears on the way:
 //! a record in a journal, a descriptor in QEMU's file table. Each hold ends right after the stroke.
 
 use super::cell::{Cell, Moment, Victim};
 use super::journal::{Journals, migrations, records};
+use super::running::Running;
 use super::{NAME, latest};
 use crate::net::Host;
 use crate::pair::answers::{MigrationState, Phase};
@@ -79,6 +80,7 @@ pub struct Stroke {
 /// One move with its stroke.
 pub struct Striking<'p> {
     pair: &'p mut Pair,
+    running: &'p Running,
     from: Host,
     cell: Cell,
     draw: Draw,
@@ -93,10 +95,17 @@ pub struct Striking<'p> {
 }
 
 impl<'p> Striking<'p> {
-    pub fn new(pair: &'p mut Pair, from: Host, cell: Cell, draw: Draw) -> Self {
+    pub fn new(
+        pair: &'p mut Pair,
+        running: &'p Running,
+        from: Host,
+        cell: Cell,
+        draw: Draw,
+    ) -> Self {
         let before = migrations(&pair.site(from).state());
         Striking {
             pair,
+            running,
             from,
             cell,
             draw,
@@ -184,14 +193,12 @@ impl<'p> Striking<'p> {
                 self.rest(Duration::from_millis(300));
             }
             Moment::InStop => {
-                let before = descriptors(self.source_qemu);
-                self.switch()?;
-                self.wait("the stop", |this| descriptors(this.source_qemu) > before)?;
+                self.switch_to_stop()?;
                 self.rest(Duration::from_millis(16));
             }
             Moment::Unheard | Moment::UnheardAtOnce => {
+                self.switch_to_stop()?;
                 self.cut(None)?;
-                self.switch()?;
                 self.recorded(self.from, "granted")?;
                 if self.cell.moment == Moment::Unheard {
                     std::thread::sleep(LAST_PAGES);
@@ -199,16 +206,16 @@ impl<'p> Striking<'p> {
             }
             Moment::Unread => {
                 let to = self.to();
+                self.switch_to_stop()?;
                 self.pair.site_mut(to).signal(Signal::STOP)?;
                 self.daemon_held = true;
-                self.switch()?;
                 self.recorded(self.from, "granted")?;
                 std::thread::sleep(10 * ONE_WAY);
             }
             Moment::Loading => {
                 let qemu = self.qemu(self.to())?;
+                self.switch_to_stop()?;
                 self.hold(qemu);
-                self.switch()?;
                 self.recorded(self.to(), "accepted")?;
                 self.rest(Duration::from_millis(300));
             }
@@ -330,8 +337,17 @@ impl<'p> Striking<'p> {
     }
 
     fn switch(&self) -> Result<(), PairError> {
+        self.running.begin();
         self.pair.on(self.from).run(&["switch", NAME])?;
         Ok(())
+    }
+
+    /// Until the source's QEMU was given the end of its stream to keep: it is asked to stop next. What holds
+    /// up the destination or the link may begin only now, as a move that is held up is not switched.
+    fn switch_to_stop(&mut self) -> Result<(), PairError> {
+        let before = descriptors(self.source_qemu);
+        self.switch()?;
+        self.wait("the stop", |this| descriptors(this.source_qemu) > before)
     }
 
     fn rest(&self, most: Duration) {
@@ -391,7 +407,8 @@ fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-fn kill(pid: u32) {
+/// Ends a process now; one that has ended already stays so.
+pub fn kill(pid: u32) {
     signal(pid, Signal::KILL);
 }
 
