@@ -89,8 +89,18 @@ impl Daemon {
                 }
             }
             let machine = self.machines.insert(Machine::new(spec, runtime, running));
+            // One that needs an operator: whoever asks for the machine is to hear of it.
+            machine.lock().await.migration = self.held_for(&name);
             machine.watch_end(&self.host).await;
         }
+    }
+
+    /// The migration of a machine among those that are told of.
+    fn held_for(&self, machine: &Name) -> Option<MigrationId> {
+        let migrations = self.migrations();
+        let mut held = migrations.iter();
+        let of = held.find(|(_, held)| held.board.view().machine == *machine);
+        of.map(|(id, _)| id.clone())
     }
 
     async fn reattach(

@@ -218,8 +218,7 @@ pub fn expected(phase: Phase, victim: Victim, moment: Moment) -> &'static [Outco
         (Phase::Quiesce, SourceDaemon) => &[Source],
         // "Not noticed here, see grant."
         (Phase::Quiesce | Phase::Grant, DestinationDaemon) => &[Source],
-        // The destination has heard the grant, or it has not.
-        (Phase::Grant, SourceDaemon) if moment == Moment::Unheard => &[Source],
+        // The destination has heard the grant, or it has not: the kernel of a dead daemon still says it.
         (Phase::Grant, SourceDaemon) => &[Source, Destination],
         (Phase::Grant, SourceQemu) if moment == Moment::Unheard => &[Destination],
         (Phase::Grant, SourceQemu) => &[Destination, Starved],

@@ -51,6 +51,9 @@ const SILENCE: Duration = Duration::from_millis(5 * INTERVAL_MS as u64);
 /// Between two reports of the guest.
 const INTERVAL_MS: u32 = 200;
 
+/// How long two daemons may take to have their connection.
+const CONNECTED_WITHIN: Duration = Duration::from_secs(30);
+
 /// How long a guest that crashed may take to be at work again.
 const BOOT_WITHIN: Duration = Duration::from_secs(300);
 
@@ -75,6 +78,8 @@ pub struct Row {
     pub hit: bool,
     pub outcome: Option<&'static str>,
     pub expected: Vec<&'static str>,
+    /// What came of it when the operator had done what the table leaves to one.
+    pub helped: Option<&'static str>,
     /// Source and destination, at the stroke and in the end.
     pub journals_at_stroke: String,
     pub journals: String,
@@ -293,8 +298,9 @@ impl Stage {
                 names(allowed)
             )),
         }
+        self.one_ran(from, row);
         self.guest_goes_on(outcome, from, row)?;
-        self.one_ran(&stroke, from, row);
+        self.reports_went_on(&stroke, row);
         Ok(())
     }
 
@@ -325,18 +331,15 @@ impl Stage {
                 row.problems.extend(is_well(&mut self.guest));
                 self.goes_on = true;
             }
-            // What the table leaves to the operator: its QEMU is ended, and its disks are whole.
+            // What the table leaves to the operator: end its QEMU, whose disks are whole; take it back.
             Some(Outcome::Starved) => {
                 let qemus = self.pair.site(from.other()).qemus();
                 qemus.into_iter().for_each(strike::kill);
-                let (outcome, sides) = settle(&self.pair, &mut self.guest, from)?;
-                if outcome != Some(Outcome::CrashedAtDestination) {
-                    row.state = sides.text();
-                    row.problems
-                        .push("its QEMU was ended, and the move of its disks does not".to_owned());
-                    return Ok(());
-                }
-                return self.guest_goes_on(outcome, from, row);
+                return self.helped(Outcome::CrashedAtDestination, from, row);
+            }
+            Some(Outcome::Paused) => {
+                self.take_back(from)?;
+                return self.helped(Outcome::Source, from, row);
             }
             Some(Outcome::CrashedAtSource | Outcome::CrashedAtDestination) => {
                 self.at = match outcome {
@@ -354,23 +357,51 @@ impl Stage {
                 self.guest.wait_until_at_work(BOOT_WITHIN)?;
                 self.goes_on = true;
             }
-            Some(Outcome::Paused) | None => {}
+            None => {}
         }
         Ok(())
     }
 
-    /// Never two, nor one after the other: by the processors' time, and by the reports' numbers.
-    fn one_ran(&mut self, stroke: &Stroke, from: Host, row: &mut Row) {
+    /// Asked again while the daemons are not connected.
+    fn take_back(&self, from: Host) -> Result<(), PairError> {
+        let began = Instant::now();
+        loop {
+            match self.pair.on(from).run(&["recover", NAME, "--take-back"]) {
+                Err(PairError::Refused(_)) if began.elapsed() < CONNECTED_WITHIN => {}
+                other => return other.map(drop),
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// After the operator's part.
+    fn helped(&mut self, wanted: Outcome, from: Host, row: &mut Row) -> Result<(), PairError> {
+        let (outcome, sides) = settle(&self.pair, &mut self.guest, from)?;
+        row.helped = outcome.map(Outcome::name);
+        if outcome == Some(wanted) {
+            return self.guest_goes_on(outcome, from, row);
+        }
+        row.state = sides.text();
+        row.problems
+            .push("the operator's part did not help".to_owned());
+        Ok(())
+    }
+
+    /// Never at the source after it ran at the destination, by the processors' time.
+    fn one_ran(&self, from: Host, row: &mut Row) {
         let ran = self.running.ran(from);
         row.ran_there_ms = ran.at_destination.as_secs_f64() * 1e3;
         row.ran_here_after_ms = ran.at_source_after.as_secs_f64() * 1e3;
-        // One that crashed at the destination is not booted at the source.
         if ran.at_source_after > NOTICED {
             row.problems.push(format!(
                 "the guest ran for {:?} at the source after {:?} at the destination",
                 ran.at_source_after, ran.at_destination
             ));
         }
+    }
+
+    /// Their numbers never went back, and they tell when the guest stood still.
+    fn reports_went_on(&mut self, stroke: &Stroke, row: &mut Row) {
         self.guest.listen();
         let reports = self.guest.reports();
         let life = &reports[self.reports_before.min(reports.len())..];
