@@ -127,6 +127,10 @@ impl Machine {
     /// they are, a copy of the past.
     pub async fn departed(&self, host: &Host, migration: MigrationId, to: PeerName) {
         let mut standing = self.lock().await;
+        // Before it is forgotten: a daemon that died in between would leave it behind for ever.
+        if let Some(running) = standing.running.take() {
+            running.kill().await;
+        }
         let state = Ownership::Departed { migration, to };
         standing.runtime.ownership = state.clone();
         standing.runtime.epoch = standing.runtime.epoch.next();
@@ -134,9 +138,6 @@ impl Machine {
         save(host, &standing);
         for disk in &standing.spec.disks {
             set_volume(host, &disk.volume, standing.runtime.epoch, state.clone());
-        }
-        if let Some(running) = standing.running.take() {
-            running.kill().await;
         }
     }
 }

@@ -182,7 +182,7 @@ impl Incoming {
         }
     }
 
-    fn take_ram(&self, spaces: Vec<SpaceIn>, sink: RamSink) -> Arc<RamIn> {
+    pub(super) fn take_ram(&self, spaces: Vec<SpaceIn>, sink: RamSink) -> Arc<RamIn> {
         let (wants, clock) = (self.setup.wants.clone(), self.setup.board.clock());
         let ram = Arc::new(RamIn::new(spaces, sink, wants, clock));
         self.setup.arrivals.set_ram(ram.clone());
@@ -232,7 +232,11 @@ async fn own_what_is_doubtful(
 }
 
 /// The RAM blocks as spaces that follow the disks'.
-fn spaces_of(layout: &StreamLayout, disks: usize, received: Vec<UnitSet>) -> Vec<SpaceIn> {
+pub(super) fn spaces_of(
+    layout: &StreamLayout,
+    disks: usize,
+    received: Vec<UnitSet>,
+) -> Vec<SpaceIn> {
     let space = |(info, received): (SpaceInfo, UnitSet)| {
         let none = UnitSet::empty(info.units());
         SpaceIn::recovered(info, received, none, BTreeMap::new())

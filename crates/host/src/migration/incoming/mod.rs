@@ -55,6 +55,9 @@ const SAMPLE: Duration = Duration::from_millis(250);
 /// source waits for this side.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(90);
 
+/// How long a QEMU that is being killed may take to be gone.
+const ON_ITS_WAY_OUT: Duration = Duration::from_secs(2);
+
 /// What a migration to here starts with.
 pub struct Setup {
     pub host: Arc<Host>,
@@ -329,6 +332,14 @@ impl Incoming {
             self.setup.board.tell(format!(
                 "the guest's process has ended ({error}); its disks go on arriving"
             ));
+            // What of it still comes must not break the connections that bring the disks.
+            if let Some(layout) = &self.layout {
+                let all = layout.blocks.iter().map(|b| UnitSet::full(b.units()));
+                let disks = self.setup.arrivals.disks().len();
+                let spaces = again::spaces_of(layout, disks, all.collect());
+                self.ram = Some(self.take_ram(spaces, RamSink::Sated));
+            }
+            self.requests = None;
             self.ram_done = true;
         } else {
             self.trouble(format!("RAM: {error}"));
@@ -516,13 +527,14 @@ impl Incoming {
 
     fn watch_ram(&mut self) {
         let Some(ram) = self.ram.clone() else { return };
-        let tell = self.tell.clone();
+        let (tell, process) = (self.tell.clone(), self.process.clone());
         self.spawn(async move {
             let done = match ram.sink() {
                 RamSink::Postcopy(sink) => {
                     tokio::select! {
                         () = ram.completed() => sink.finish().await,
                         error = sink.failed() => {
+                            ends_soon(process).await;
                             // The driver lives as long as this task.
                             let _ = tell.send(Inner::SinkFailed(error)).await;
                             return;
@@ -740,4 +752,15 @@ impl Incoming {
         crate::machines::save(&self.setup.host, &standing);
         nothing_left
     }
+}
+
+/// Waits a little for a process that may be on its way out: one that is killed closes its sockets first.
+async fn ends_soon(process: Option<QemuProcess>) {
+    let ended = async {
+        while process.as_ref().is_some_and(QemuProcess::is_alive) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    // If it lives, that is what is told of.
+    let _ = tokio::time::timeout(ON_ITS_WAY_OUT, ended).await;
 }
