@@ -279,7 +279,7 @@ impl Stage {
             row.hit_instead.push(stroke.phase.to_string());
         }
         row.journals_at_stroke = stroke.journals.text();
-        let (outcome, sides) = settle(&self.pair, &mut self.guest, from)?;
+        let (outcome, sides) = settle(&self.pair, &mut self.guest, from, None)?;
         row.outcome = outcome.map(Outcome::name);
         self.told(row, &stroke, &sides, from);
         let allowed = match row.hit {
@@ -335,11 +335,11 @@ impl Stage {
             Some(Outcome::Starved) => {
                 let qemus = self.pair.site(from.other()).qemus();
                 qemus.into_iter().for_each(strike::kill);
-                return self.helped(Outcome::CrashedAtDestination, from, row);
+                return self.helped(Outcome::Starved, Outcome::CrashedAtDestination, from, row);
             }
             Some(Outcome::Paused) => {
                 self.take_back(from)?;
-                return self.helped(Outcome::Source, from, row);
+                return self.helped(Outcome::Paused, Outcome::Source, from, row);
             }
             Some(Outcome::CrashedAtSource | Outcome::CrashedAtDestination) => {
                 self.at = match outcome {
@@ -375,8 +375,14 @@ impl Stage {
     }
 
     /// After the operator's part.
-    fn helped(&mut self, wanted: Outcome, from: Host, row: &mut Row) -> Result<(), PairError> {
-        let (outcome, sides) = settle(&self.pair, &mut self.guest, from)?;
+    fn helped(
+        &mut self,
+        before: Outcome,
+        wanted: Outcome,
+        from: Host,
+        row: &mut Row,
+    ) -> Result<(), PairError> {
+        let (outcome, sides) = settle(&self.pair, &mut self.guest, from, Some(before))?;
         row.helped = outcome.map(Outcome::name);
         if outcome == Some(wanted) {
             return self.guest_goes_on(outcome, from, row);
@@ -471,6 +477,9 @@ impl Row {
             self.took_s,
             self.journals,
         );
+        if let Some(helped) = self.helped {
+            line += &format!("  (then {helped})");
+        }
         if !self.hit {
             line += &format!("  (hit {})", self.hit_instead.join(", "));
         }

@@ -131,11 +131,13 @@ impl Sides {
     }
 }
 
-/// Waits until all agree; `None` with what they say if they do not in time.
+/// Waits until all agree on an outcome, on another than `except` if that is given; `None` with what they say
+/// if they do not in time.
 pub fn settle(
     pair: &Pair,
     guest: &mut Guest,
     from: Host,
+    except: Option<Outcome>,
 ) -> Result<(Option<Outcome>, Sides), PairError> {
     let began = Instant::now();
     loop {
@@ -143,7 +145,7 @@ pub fn settle(
         guest.listen();
         let heard = guest.reports().last().map_or(began, |(at, _)| *at);
         let outcome = sides.outcome(heard.max(began).elapsed() > SILENT);
-        if outcome.is_some() || began.elapsed() > SETTLED_WITHIN {
+        if (outcome.is_some() && outcome != except) || began.elapsed() > SETTLED_WITHIN {
             return Ok((outcome, sides));
         }
         std::thread::sleep(LOOK);

@@ -57,6 +57,8 @@ impl Incoming {
             .board
             .tell("a restarted daemon goes on with the migration");
         if let Err(why) = self.try_take_up(plan).await {
+            // Content that waits to be stored would hold up the word that asks for the machine back.
+            self.setup.arrivals.refuse();
             self.trouble(why);
         }
         self.setup.board.phase(self.switch.phase());

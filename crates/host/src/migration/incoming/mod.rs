@@ -421,6 +421,7 @@ impl Incoming {
                     .any(|disk| disk.was_touched());
                 if touched {
                     // It wrote, so it ran: nobody but a person may say what that means.
+                    self.setup.arrivals.refuse();
                     self.trouble(format!("{why}; yet the guest has written here"));
                     return;
                 }
