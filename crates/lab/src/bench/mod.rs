@@ -1,8 +1,8 @@
 //! `whimbrel-lab bench ...`: what is measured or tried over and over.
 
 mod cap;
-mod codec;
 mod chaos;
+mod codec;
 mod guard;
 mod kills;
 mod link;

@@ -128,7 +128,7 @@ pub enum Outcome {
     CrashedAtDestination,
     /// Nobody runs it: the destination needs an operator, at the source the guest is paused.
     Paused,
-    /// The guest at the destination waits for memory that is gone.
+    /// The guest at the destination, or its QEMU that loads it, waits for memory that is gone.
     Starved,
 }
 

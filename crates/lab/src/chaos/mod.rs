@@ -335,11 +335,12 @@ impl Stage {
             Some(Outcome::Starved) => {
                 let qemus = self.pair.site(from.other()).qemus();
                 qemus.into_iter().for_each(strike::kill);
-                return self.helped(Outcome::Starved, Outcome::CrashedAtDestination, from, row);
+                let crashed = [Outcome::CrashedAtSource, Outcome::CrashedAtDestination];
+                return self.helped(Outcome::Starved, &crashed, from, row);
             }
             Some(Outcome::Paused) => {
                 self.take_back(from)?;
-                return self.helped(Outcome::Paused, Outcome::Source, from, row);
+                return self.helped(Outcome::Paused, &[Outcome::Source], from, row);
             }
             Some(Outcome::CrashedAtSource | Outcome::CrashedAtDestination) => {
                 self.at = match outcome {
@@ -378,13 +379,13 @@ impl Stage {
     fn helped(
         &mut self,
         before: Outcome,
-        wanted: Outcome,
+        wanted: &[Outcome],
         from: Host,
         row: &mut Row,
     ) -> Result<(), PairError> {
         let (outcome, sides) = settle(&self.pair, &mut self.guest, from, Some(before))?;
         row.helped = outcome.map(Outcome::name);
-        if outcome == Some(wanted) {
+        if outcome.is_some_and(|outcome| wanted.contains(&outcome)) {
             return self.guest_goes_on(outcome, from, row);
         }
         row.state = sides.text();

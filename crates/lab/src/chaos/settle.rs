@@ -106,11 +106,9 @@ impl Sides {
             (_, Some(MachineStatus::Running)) if departed && there.qemus == 1 && completed => {
                 (here.qemus == 0).then_some(Outcome::Destination)
             }
-            // A QEMU that waits for a page may not answer its monitor: then it is told of as paused.
-            (_, Some(MachineStatus::Running | MachineStatus::Paused))
-                if departed && there.qemus == 1 && here.qemus == 0 =>
-            {
-                (silent && !over).then_some(Outcome::Starved)
+            // It waits for a page: its guest, or its loading of the devices, which the daemon waits for.
+            _ if silent && departed && !over && here.qemus == 0 && there.qemus == 1 => {
+                Some(Outcome::Starved)
             }
             (MachineStatus::Crashed, _)
                 if here.qemus == 0
