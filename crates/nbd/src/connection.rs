@@ -14,6 +14,7 @@ use crate::export::Directory;
 use crate::handshake::{Handshake, Session, Step, greeting};
 use crate::inbox::Inbox;
 use crate::limits::Limits;
+use crate::line::{Guest, Line};
 use crate::option::{self, Header};
 use crate::tls::Tls;
 use crate::transmission::{Leftover, transmit};
@@ -38,7 +39,15 @@ where
     D: Directory,
 {
     let mut leftover = None;
-    let result = attend(stream, directory, limits, tls, shutdown, &mut leftover).await;
+    let result = attend(
+        Guest(stream),
+        directory,
+        limits,
+        tls,
+        shutdown,
+        &mut leftover,
+    )
+    .await;
     if let Some(leftover) = leftover {
         tokio::spawn(leftover.finish());
     }
@@ -55,7 +64,7 @@ pub(crate) async fn attend<S, D>(
     leftover: &mut Option<Leftover<D>>,
 ) -> Result<(), ServeError>
 where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    S: Line,
     D: Directory,
 {
     let negotiation = Negotiation {
@@ -134,7 +143,7 @@ async fn serve_outcome<S, D>(
     leftover: &mut Option<Leftover<D>>,
 ) -> Result<(), ServeError>
 where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    S: Line,
     D: Directory,
 {
     let Some(Outcome::Session(session)) = outcome else {

@@ -35,22 +35,33 @@ impl Inbox {
         debug_assert!(self.start <= self.end, "consumed what was not there");
     }
 
-    /// One read of at most `most` bytes; 0 is the end of the stream. Only for when the buffer holds too
-    /// little: what is there is moved to the front, and the buffer must not be full.
+    /// Where at most `most` more bytes may be put. Only for when the buffer holds too little: what is
+    /// there is moved to the front, and the buffer must not be full.
+    pub fn room(&mut self, most: usize) -> &mut [u8] {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        let limit = self.buffer.len().min(self.end.saturating_add(most));
+        &mut self.buffer[self.end..limit]
+    }
+
+    /// So many bytes were put into the [room](Self::room).
+    pub fn filled(&mut self, len: usize) {
+        self.end += len;
+        debug_assert!(self.end <= self.buffer.len(), "more than there is room for");
+    }
+
+    /// One read of at most `most` bytes into the [room](Self::room); 0 is the end of the stream.
     pub fn poll_fill<S: AsyncRead + Unpin>(
         &mut self,
         stream: &mut S,
         cx: &mut Context<'_>,
         most: usize,
     ) -> Poll<io::Result<usize>> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        let limit = self.buffer.len().min(self.end.saturating_add(most));
-        let mut free = ReadBuf::new(&mut self.buffer[self.end..limit]);
+        let mut free = ReadBuf::new(self.room(most));
         ready!(Pin::new(stream).poll_read(cx, &mut free))?;
         let len = free.filled().len();
-        self.end += len;
+        self.filled(len);
         Poll::Ready(Ok(len))
     }
 

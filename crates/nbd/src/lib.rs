@@ -23,6 +23,7 @@ pub mod handshake;
 mod inbox;
 mod inflight;
 mod limits;
+mod line;
 mod load;
 pub mod option;
 mod outbox;

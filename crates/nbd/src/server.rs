@@ -12,8 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Builder;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
@@ -24,6 +23,7 @@ use tracing::{debug, warn};
 use crate::connection::attend;
 use crate::export::Directory;
 use crate::limits::Limits;
+use crate::line::Socket;
 use crate::tls::Tls;
 
 /// Pause after a failed accept: the usual reason, no file descriptors left, does not pass at once.
@@ -66,7 +66,7 @@ impl<D: Directory> Server<D> {
             }
             stream.into_std()
         };
-        self.serve(accept, UnixStream::from_std, shutdown).await;
+        self.serve(accept, Socket::unix, shutdown).await;
     }
 
     /// Serves until `shutdown` is cancelled and the listener's connections have ended.
@@ -77,18 +77,17 @@ impl<D: Directory> Server<D> {
             stream.set_nodelay(true)?;
             stream.into_std()
         };
-        self.serve(accept, TcpStream::from_std, shutdown).await;
+        self.serve(accept, Socket::tcp, shutdown).await;
     }
 
     /// `enter` makes a stream of the runtime it is called on.
-    async fn serve<T, S, F>(
+    async fn serve<T, F>(
         &self,
         accept: impl Fn() -> F,
-        enter: fn(T) -> io::Result<S>,
+        enter: fn(T) -> io::Result<Socket>,
         shutdown: CancellationToken,
     ) where
         T: Send + 'static,
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         F: Future<Output = io::Result<T>>,
     {
         let served = TaskTracker::new();

@@ -6,7 +6,7 @@
 //! 1. polls the waiting requests that were woken,
 //! 2. starts every request that lies whole in the inbox, as far as the load admits,
 //! 3. sends all replies there are, in one go,
-//! 4. reads more, if step 2 ran dry.
+//! 4. reads more, if step 2 ran dry; if nothing else is owed, by waiting in the read itself (`line.rs`).
 //!
 //! Nothing here waits for one request: those that cannot finish at once wait in [`InFlight`].
 //!
@@ -24,12 +24,11 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use bytes::{BufMut, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncWriteExt, ReadBuf};
 use tokio::time::{Sleep, sleep, timeout};
-use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -40,6 +39,7 @@ use crate::handshake::Session;
 use crate::inbox::{INBOX, Inbox};
 use crate::inflight::InFlight;
 use crate::limits::Limits;
+use crate::line::Line;
 use crate::replies::Replies;
 use crate::request::{Command, Filter, Header, Refusal, Request, StreamLost, Verdict, validate};
 
@@ -65,7 +65,7 @@ pub async fn transmit<S, D>(
     shutdown: &CancellationToken,
 ) -> (Result<(), ServeError>, Option<Leftover<D>>)
 where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    S: Line,
     D: Directory,
 {
     let mut pump = Pump {
@@ -121,11 +121,11 @@ enum Intake {
     Filter(Filter),
     /// Valid; waits for the load to admit it.
     Admission(Request),
-    /// Admitted; the payload is `len` bytes, of which the buffer's are there.
+    /// Admitted; `here` bytes of its payload, which is as long as the buffer, are there.
     Payload {
         request: Request,
-        len: usize,
         buffer: BytesMut,
+        here: usize,
     },
     /// Refused; the rest of its payload is skipped before it is answered.
     Skip(Refusal),
@@ -165,13 +165,13 @@ struct Pump<S, D: Directory> {
     intake: Intake,
     /// Most bytes to read into the inbox at once.
     read_ahead: usize,
-    /// Empty, with the room of an earlier payload.
+    /// That of an earlier payload, of any content.
     spare: BytesMut,
 }
 
 impl<S, D> Pump<S, D>
 where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    S: Line,
     D: Directory,
 {
     /// Ready when the connection has ended and every request is answered, or will never be.
@@ -238,13 +238,28 @@ where
     }
 
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if let Intake::Payload { len, buffer, .. } = &mut self.intake {
-            let missing = *len - buffer.len();
-            if missing >= DIRECT {
+        // Only the client can do something now: what is received may be all that is owed.
+        let receiving = matches!(self.intake, Intake::Payload { .. });
+        let alone = self.replies.owed() == usize::from(receiving);
+        if let Intake::Payload { buffer, here, .. } = &mut self.intake {
+            let room = &mut buffer[*here..];
+            if room.len() >= DIRECT {
                 self.read_ahead = SHORT_READ;
-                let mut rest = buffer.limit(missing);
-                return poll_read_buf(Pin::new(&mut self.stream), cx, &mut rest);
+                if alone && let Some(read) = settled(self.stream.read_here(room, true)) {
+                    return Poll::Ready(read.inspect(|len| *here += len));
+                }
+                let mut room = ReadBuf::new(room);
+                ready!(Pin::new(&mut self.stream).poll_read(cx, &mut room))?;
+                let len = room.filled().len();
+                *here += len;
+                return Poll::Ready(Ok(len));
             }
+        }
+        if alone
+            && let room = self.inbox.room(self.read_ahead)
+            && let Some(read) = settled(self.stream.read_here(room, false))
+        {
+            return Poll::Ready(read.inspect(|&len| self.inbox.filled(len)));
         }
         self.inbox.poll_fill(&mut self.stream, cx, self.read_ahead)
     }
@@ -286,18 +301,19 @@ where
                     self.replies.owe(&request);
                     if let Command::Write { len, .. } = request.command {
                         let len = len as usize;
-                        let buffer = if self.spare.capacity() >= len {
+                        let mut buffer = if self.spare.capacity() >= len {
                             std::mem::take(&mut self.spare)
                         } else {
-                            BytesMut::with_capacity(len)
+                            BytesMut::new()
                         };
+                        buffer.resize(len, 0);
                         if len < DIRECT {
                             self.read_ahead = INBOX;
                         }
                         self.intake = Intake::Payload {
                             request,
-                            len,
                             buffer,
+                            here: 0,
                         };
                     } else {
                         self.intake = Intake::Header;
@@ -306,14 +322,15 @@ where
                 }
                 Intake::Payload {
                     request,
-                    len,
                     buffer,
+                    here,
                 } => {
-                    let here = self.inbox.data();
-                    let part = here.len().min(*len - buffer.len());
-                    buffer.put_slice(&here[..part]);
+                    let missing = &mut buffer[*here..];
+                    let part = self.inbox.data().len().min(missing.len());
+                    missing[..part].copy_from_slice(&self.inbox.data()[..part]);
                     self.inbox.consume(part);
-                    if buffer.len() < *len {
+                    *here += part;
+                    if *here < buffer.len() {
                         return Need::Input;
                     }
                     let request = *request;
@@ -358,8 +375,7 @@ where
             self.replies.answer(request, outcome);
         }
         // Unless somebody still needs it.
-        if let Some(Ok(mut buffer)) = again.map(Bytes::try_into_mut) {
-            buffer.clear();
+        if let Some(Ok(buffer)) = again.map(Bytes::try_into_mut) {
             self.spare = buffer;
         }
     }
@@ -381,4 +397,15 @@ where
             }
         })
     }
+}
+
+/// `None` if nothing came in good time: then the runtime waits.
+fn settled(read: Option<io::Result<usize>>) -> Option<io::Result<usize>> {
+    read.filter(|read| match read {
+        Ok(_) => true,
+        Err(error) => !matches!(
+            error.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+        ),
+    })
 }
