@@ -22,12 +22,16 @@ use whimbrel_volume::backend::Backend;
 use whimbrel_volume::digest::digest;
 use whimbrel_volume::journal::Journal;
 use whimbrel_volume::raw::Zeroes;
+use whimbrel_wire::message::MAX_BITMAP_UNITS;
 
 use super::Wants;
 use super::behind::Behind;
 use super::export::{errno, zeroes_of};
 use super::felt::Request;
 use crate::wakers::Wakers;
+
+/// Units that are digested at once where there is data: 64 MiB.
+const STRETCH: u64 = 16384;
 
 struct Inner {
     space: SpaceIn,
@@ -424,6 +428,27 @@ impl Filling {
             return Ok(());
         }
         self.journal.record(urgent).await
+    }
+
+    /// What is to be digested at once, from a unit on; `None` from the end on. Where the file has no data it is
+    /// longer, as that is read in no time and each stretch costs a round trip.
+    pub async fn stretch(&self, first: u64) -> Result<Option<Extent>, VolumeError> {
+        let rest = Extent::new(first, self.units().saturating_sub(first));
+        let mut stretch = Extent::new(first, STRETCH).clamp_to(rest);
+        let mut more = stretch;
+        while !more.is_empty() && self.is_hole(more).await? {
+            stretch = Extent::new(first, more.end() - first);
+            let most = MAX_BITMAP_UNITS - stretch.len;
+            more = Extent::new(stretch.end(), stretch.len.min(most)).clamp_to(rest);
+        }
+        Ok((!stretch.is_empty()).then_some(stretch))
+    }
+
+    async fn is_hole(&self, units: Extent) -> Result<bool, VolumeError> {
+        let from = units.byte_offset();
+        let len = units.byte_len().min(self.file.size() - from);
+        let runs = self.file.data_extents(from, len).await?;
+        Ok(runs.iter().all(|run| !run.data))
     }
 
     /// The digest of what a stretch of disk holds of the source's content, as read back from the file;

@@ -16,9 +16,6 @@ use whimbrel_wire::message::{Message, pack_bitmap};
 use super::lane::Mouth;
 use crate::disk::Filling;
 
-/// Units of one digest: 64 MiB.
-const STRETCH: u64 = 16384;
-
 /// An answer that has not come by then is asked for again: the connection may have broken in between.
 const ASK_AGAIN: Duration = Duration::from_secs(15);
 
@@ -60,11 +57,10 @@ pub async fn verify(
     mouth: &Mouth,
     answers: &Arc<Answers>,
 ) -> Result<u64, VerifyError> {
-    let (space, units) = (disk.id(), disk.units());
+    let space = disk.id();
     let mut compared = 0;
     let mut first = 0;
-    while first < units {
-        let stretch = Extent::new(first, STRETCH.min(units - first));
+    while let Some(stretch) = disk.stretch(first).await? {
         first = stretch.end();
         let same = loop {
             // Anew each time: the guest may have written more meanwhile.
