@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use whimbrel_volume::heat::{AccessKind, AccessLog, HEAT_EXTENT, WEIGHT};
 use whimbrel_volume::heat_file;
 use whimbrel_volume::pool::Lane;
@@ -35,7 +36,7 @@ const FILE: &str = "heat";
 /// A volume's access log, with the clock it goes by.
 pub struct Heat {
     log: AccessLog,
-    since: Instant,
+    since: Duration,
     size: u64,
     file: PathBuf,
     /// Accesses and halvings when it was last written down.
@@ -48,7 +49,7 @@ impl Heat {
     pub fn open(file: PathBuf, size: u64) -> Heat {
         let heat = Heat {
             log: AccessLog::new(size, RING),
-            since: Instant::now(),
+            since: coarse_now(),
             size,
             file,
             kept: AtomicU64::new(0),
@@ -70,8 +71,8 @@ impl Heat {
 
     /// Logs an access.
     pub fn log(&self, kind: AccessKind, offset: u64, len: u64) {
-        let at = self.since.elapsed().as_millis() as u32;
-        self.log.log(at, kind, offset, len);
+        let at = coarse_now().saturating_sub(self.since);
+        self.log.log(at.as_millis() as u32, kind, offset, len);
     }
 
     pub fn access_log(&self) -> &AccessLog {
@@ -96,6 +97,12 @@ impl Heat {
             }
         }
     }
+}
+
+/// The time by the clock that is read fastest, which is exact to some milliseconds: every request pays.
+fn coarse_now() -> Duration {
+    let now = clock_gettime(ClockId::MonotonicCoarse);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// The logs of all volumes that were served.
