@@ -11,11 +11,12 @@ use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use whimbrel_host::disk::{Disk, Mode};
 use whimbrel_host::volumes::heat::Heat;
-use whimbrel_nbd::{Directory, Limits, OpenError, Server};
+use whimbrel_nbd::{Directory, Export, Limits, OpenError, Server};
 use whimbrel_volume::pool::{Pool, PoolSize};
 use whimbrel_volume::raw::{Access, RawFile};
 
 use super::BenchError;
+use super::in_turn::InTurn;
 
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -33,6 +34,8 @@ pub struct ExportArgs {
 enum Switch {
     On,
     Off,
+    /// On and off by turns, for `bench nbd --access-log`
+    InTurn,
 }
 
 pub fn run(args: &ExportArgs) -> ExitCode {
@@ -65,11 +68,25 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
         RawFile::open(&pool, &args.disk, Access::ReadWrite).await?
     };
     let size = file.size();
-    let mut disk = Disk::new("bench".into(), size, Arc::new(file.into()), Mode::Open);
-    if args.access_log == Switch::On {
-        disk = disk.watched(Arc::new(Heat::open(args.disk.with_extension("heat"), size)));
+    let file = Arc::new(file.into());
+    let disk = || Disk::new("bench".into(), size, Arc::clone(&file), Mode::Open);
+    let heat = || Arc::new(Heat::open(args.disk.with_extension("heat"), size));
+    match args.access_log {
+        Switch::On => serve_disk(args, Arc::new(disk().watched(heat()))).await,
+        Switch::Off => serve_disk(args, Arc::new(disk())).await,
+        Switch::InTurn => {
+            let logged = Arc::new(disk().watched(heat()));
+            serve_disk(args, InTurn::start(logged, Arc::new(disk()))).await
+        }
     }
-    let shelf = Shelf(Arc::new(disk));
+}
+
+async fn serve_disk(args: &ExportArgs, disk: Arc<impl Export>) -> Result<(), BenchError> {
+    let here = |source| BenchError::File {
+        path: args.socket.clone(),
+        source,
+    };
+    let shelf = Shelf(disk);
     let mut terminate =
         tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).map_err(here)?;
     let listener = UnixListener::bind(&args.socket).map_err(here)?;
@@ -86,16 +103,16 @@ async fn serve(args: &ExportArgs) -> Result<(), BenchError> {
 }
 
 /// A directory of one, under any name.
-struct Shelf(Arc<Disk>);
+struct Shelf<E>(Arc<E>);
 
-impl Directory for Shelf {
-    type Export = Disk;
+impl<E: Export> Directory for Shelf<E> {
+    type Export = E;
 
     fn list(&self) -> Vec<String> {
-        vec![self.0.name().to_owned()]
+        vec!["bench".to_owned()]
     }
 
-    fn open(&self, _name: &str) -> Result<Arc<Disk>, OpenError> {
+    fn open(&self, _name: &str) -> Result<Arc<E>, OpenError> {
         Ok(self.0.clone())
     }
 

@@ -9,6 +9,7 @@
 //! for what another wrote. Rows past the page cache come last, as they empty it.
 
 mod export;
+mod in_turn;
 mod load;
 mod server;
 mod table;
@@ -28,8 +29,9 @@ use whimbrel_workload::chance::Rng;
 
 use crate::demo::write_json;
 use crate::screen::Screen;
-use load::Load;
-use server::{Kind, Server};
+use in_turn::Price;
+use load::{Cores, Load};
+use server::{IN_TURN, Kind, Server};
 use table::{Row, Run};
 
 pub use export::{ExportArgs, run as export};
@@ -80,6 +82,8 @@ pub enum BenchError {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("too few slices of {load} to compare")]
+    TooFew { load: String },
     #[error("/proc tells nothing of the server's {what}")]
     Proc { what: &'static str },
     #[error("the server cannot be held on cores {cores} (taskset): {stderr}")]
@@ -96,6 +100,7 @@ struct Outcome {
     rounds: u32,
     disk_mib: u64,
     rows: Vec<Row>,
+    access_log: Vec<Price>,
 }
 
 pub fn run(args: &NbdArgs) -> ExitCode {
@@ -137,9 +142,9 @@ fn measure(args: &NbdArgs, screen: &mut Screen) -> Result<Outcome, BenchError> {
         time: Duration::from_secs_f64(seconds),
         rounds,
     };
-    let mut rows = Vec::new();
+    let (mut rows, mut prices) = (Vec::new(), Vec::new());
     if args.access_log {
-        screen.put("access log on to off, requests/s, median of the rounds");
+        screen.put(in_turn::HEAD);
     } else {
         screen.put(table::HEAD);
     }
@@ -155,8 +160,12 @@ fn measure(args: &NbdArgs, screen: &mut Screen) -> Result<Outcome, BenchError> {
             bench.disk.leave_cache()?;
         }
         if args.access_log {
-            let ratio = bench.log_ratio(load, screen)?;
-            screen.put(&format!("{:38} {ratio:.3}", load.name()));
+            // What a request costs at least is where the log's share is largest.
+            if load.block == 4 << 10 && load.cores == Cores::Any {
+                let price = bench.price(load, screen)?;
+                screen.put(&price.text());
+                prices.push(price);
+            }
             continue;
         }
         let row = bench.row(load, screen)?;
@@ -168,6 +177,7 @@ fn measure(args: &NbdArgs, screen: &mut Screen) -> Result<Outcome, BenchError> {
         rounds,
         disk_mib: args.size,
         rows,
+        access_log: prices,
     })
 }
 
@@ -211,21 +221,16 @@ impl Bench<'_> {
         Ok(Row::of(load, choosing, runs))
     }
 
-    /// Requests a second with the access log to those without, the median of the rounds' ratios.
-    fn log_ratio(&mut self, load: Load, screen: &mut Screen) -> Result<f64, BenchError> {
-        let mut ratios = Vec::new();
-        for round in 0..self.rounds {
-            screen.live(&format!("{}: round {}", load.name(), round + 1));
-            let mut iops = [0.0; 2];
-            for turn in 0..2 {
-                let which = (turn + round as usize) % 2;
-                let variant = ["default", "no-log"][which];
-                let run = self.one(load, Kind::Whimbrel, variant, round, self.time)?;
-                iops[which] = run.figures.iops;
-            }
-            ratios.push(iops[0] / iops[1]);
-        }
-        Ok(table::median(ratios.into_iter()).unwrap_or_default())
+    /// What the access log costs, over twice the time of all rounds.
+    fn price(&mut self, load: Load, screen: &mut Screen) -> Result<Price, BenchError> {
+        let name = load.name();
+        screen.live(&name);
+        let time = 2 * self.rounds * self.time;
+        self.one(load, Kind::Whimbrel, IN_TURN, 0, time)?;
+        let key = (Kind::Whimbrel, IN_TURN.to_owned());
+        let server = self.servers.remove(&key);
+        let output = server.map_or(String::new(), |server| server.output());
+        Price::of(name.clone(), &output).ok_or(BenchError::TooFew { load: name })
     }
 
     fn one(

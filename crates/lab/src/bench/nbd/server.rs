@@ -43,6 +43,9 @@ impl Kind {
     }
 }
 
+/// Whimbrel with its access log on and off by turns.
+pub const IN_TURN: &str = "in-turn";
+
 /// A server at work.
 pub struct Server {
     process: Process,
@@ -71,6 +74,8 @@ impl Server {
             if direct { "-d" } else { "" }
         );
         let socket = folder.join(format!("{name}.sock"));
+        // That of one of the same name that has ended.
+        let _ = std::fs::remove_file(&socket);
         let command = match kind {
             Kind::Whimbrel => whimbrel(variant, direct, disk, &socket)?,
             Kind::QemuNbd => {
@@ -94,7 +99,7 @@ impl Server {
                     .arg("file")
                     .arg(disk);
                 if direct {
-                    // It has no O_DIRECT; this is what it offers instead.
+                    // It has no O_DIRECT, on a loop device neither; this is what it offers instead.
                     c.arg("cache=none");
                 }
                 c
@@ -117,6 +122,11 @@ impl Server {
 
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// All it has said.
+    pub fn output(&self) -> String {
+        self.process.output()
     }
 
     /// Runs on these cores from now on; on all, if none are named.
@@ -193,7 +203,7 @@ fn whimbrel(
     })?;
     let mut c = Command::new(program);
     c.args(["bench", "nbd-export", "--access-log"])
-        .arg(if variant == "no-log" { "off" } else { "on" })
+        .arg(if variant == IN_TURN { IN_TURN } else { "on" })
         .arg(socket)
         .arg(disk);
     if direct {
