@@ -9,7 +9,7 @@ use std::process::Command;
 
 use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, fast, line, start};
 use whimbrel_lab::net::{Host, LabSpec};
-use whimbrel_lab::pair::answers::{Phase, VolumeView};
+use whimbrel_lab::pair::answers::{MigrationView, Phase, VolumeView};
 use whimbrel_lab::pair::{GuestSpec, PairSpec};
 use whimbrel_lab::wan::WanSpec;
 
@@ -92,6 +92,9 @@ fn onto_a_device_that_waits_and_back() {
 
 const MIB: u64 = 1 << 20;
 
+/// What the guest deletes and trims.
+const BALLAST_MIB: u32 = 48;
+
 /// A file with noise in the first bytes of every stretch, and holes.
 fn holey(path: &Path, stretches: u64, stretch: u64, noise: u64) {
     let file = std::fs::File::create(path).expect("a file");
@@ -158,6 +161,9 @@ fn sparse_stays_sparse_and_a_trim_on_the_way_cancels_its_copies() {
         .map(String::from)
         .to_vec();
     let mut guest = scene.guest_of(Host::A, spec);
+    let control = |patience| guest.control(scene.lab(), patience).expect("reached");
+    control(MOVE_WITHIN).fill(BALLAST_MIB).expect("filled");
+    let filled = allocated(&scene, Host::A, NAME);
 
     let args = ["migrate", NAME, "--to", "host-b"];
     let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
@@ -174,6 +180,17 @@ fn sparse_stays_sparse_and_a_trim_on_the_way_cancels_its_copies() {
         assert!(out.status.success() && !said.contains("failed"), "{said}");
     };
     io("discard 0 48M");
+    let sent_of = |view: &MigrationView, name: &str| {
+        let space = view.spaces.iter().find(|space| space.name == name);
+        space.map(|space| space.units_sent)
+    };
+    // When memory is here its own disk begins to come; slowly, while it trims that.
+    let begun = follow.until("its own disk", MOVE_WITHIN, |view| {
+        sent_of(view, NAME).is_some_and(|sent| sent > 0)
+    });
+    begun.expect("told");
+    scene.lab().wan().set_both(line(4, 5)).expect("slower");
+    control(MOVE_WITHIN).trim().expect("trimmed");
     let view = follow.until("what was sent of the trimmed disk", MOVE_WITHIN, |view| {
         view.spaces.iter().any(|space| space.name == "trimmed")
     });
@@ -199,8 +216,18 @@ fn sparse_stays_sparse_and_a_trim_on_the_way_cancels_its_copies() {
         sent <= 4096 + sent_before,
         "{sent} units sent, {sent_before} before the trim"
     );
+    let own_sent = sent_of(&view, NAME).expect("it");
+    let (had, ballast) = (filled / 4096, u64::from(BALLAST_MIB) * 256);
+    println!(
+        "of {had} units of the guest's own disk, {ballast} of them trimmed by it: {own_sent} sent"
+    );
+    assert!(own_sent <= had - ballast * 3 / 4);
     let report = view.report.expect("a report");
     assert!(report.verified);
+    let kept = allocated(&scene, Host::B, NAME);
+    println!("the guest's own disk: {filled} bytes at the source, {kept} at the destination");
+    // The guest writes on meanwhile.
+    assert!(kept <= filled - u64::from(BALLAST_MIB) * MIB / 2);
     io("read -P 0 0 48M");
     for volume in ["holes-raw", "holes-qcow2", "trimmed"] {
         let (there, here) = (

@@ -1,12 +1,15 @@
 //! The control server: lines of words in, one line of JSON back for each.
 //!
-//! `status` · `pause` · `resume` · `pace WORKLOAD off|max|N` · `sync` · `poweroff`
+//! `status` · `pause` · `resume` · `pace WORKLOAD off|max|N` · `sync` · `fill MIB` · `trim` ·
+//! `poweroff`
 
+use crate::ballast;
 use crate::gate::Shared;
 use crate::net::Reporter;
 use serde::Serialize;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -96,6 +99,8 @@ impl Session {
                     rustix::fs::sync();
                     answer(stream, &done())?;
                 }
+                ["fill", mib] => answer(stream, &self.fill(mib))?,
+                ["trim"] => answer(stream, &self.on_own_disk(ballast::trim))?,
                 ["poweroff"] => return self.poweroff(stream),
                 _ => answer(stream, &refused("unknown line"))?,
             }
@@ -135,6 +140,25 @@ impl Session {
         };
         self.shared.stage(workload).set_pace(pace);
         done()
+    }
+
+    fn fill(&self, mib: &str) -> Done {
+        match mib.parse() {
+            Ok(mib) => self.on_own_disk(|dir| ballast::fill(dir, mib)),
+            Err(_) => refused("not a number of MiB"),
+        }
+    }
+
+    /// What is done to a whole file system is done only where that is the guest's.
+    fn on_own_disk(&self, deed: impl FnOnce(&Path) -> std::io::Result<()>) -> Done {
+        let params = &self.shared.params;
+        if std::process::id() != 1 || params.disk == "none" {
+            return refused("no disk of its own");
+        }
+        match deed(&params.dir) {
+            Ok(()) => done(),
+            Err(error) => refused(&error.to_string()),
+        }
     }
 
     fn poweroff(&self, stream: &TcpStream) -> std::io::Result<()> {

@@ -5,6 +5,7 @@
 //! machine off when told to. Started otherwise it takes the same words as arguments, works in the folder
 //! `wl.dir`, and exits instead of powering off.
 
+mod ballast;
 mod boot;
 mod control;
 mod disk;

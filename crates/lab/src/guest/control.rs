@@ -60,6 +60,16 @@ impl Control {
         self.tell("sync")
     }
 
+    /// Makes a durable file of so many MiB on the guest's disk.
+    pub fn fill(&mut self, mib: u32) -> Result<(), GuestError> {
+        self.tell(&format!("fill {mib}"))
+    }
+
+    /// Deletes that file, and has `fstrim` tell the disk what the file system does not use.
+    pub fn trim(&mut self) -> Result<(), GuestError> {
+        self.tell("trim")
+    }
+
     /// Stops the workloads, checks everything, unmounts, answers, powers off.
     pub fn poweroff(mut self) -> Result<Outcome, GuestError> {
         self.ask("poweroff")
