@@ -167,7 +167,8 @@ fn daemons_without_root_serve_disks_and_move_a_machine() {
         site.start_as(daemon).expect("up without rights");
     }
     let rig = Rig::new(pair, &content).expect("a machine that runs");
-    rig.depart_packed("unlimited", "auto").expect("switched over");
+    rig.depart_packed("unlimited", "auto")
+        .expect("switched over");
     let deadline = Instant::now() + e2e_support::MOVE_WITHIN;
     loop {
         let view = rig.view(Host::A).expect("the daemon answers");

@@ -74,8 +74,11 @@ impl Server {
             if direct { "-d" } else { "" }
         );
         let socket = folder.join(format!("{name}.sock"));
-        // That of one of the same name that has ended.
-        let _ = std::fs::remove_file(&socket);
+        // Those of one of the same name that has ended.
+        let log = folder.join(format!("{name}.log"));
+        for left in [&socket, &log] {
+            let _ = std::fs::remove_file(left);
+        }
         let command = match kind {
             Kind::Whimbrel => whimbrel(variant, direct, disk, &socket)?,
             Kind::QemuNbd => {
@@ -105,7 +108,7 @@ impl Server {
                 c
             }
         };
-        let process = Process::spawn(&name, command, &folder.join(format!("{name}.log")))?;
+        let process = Process::spawn(&name, command, &log)?;
         let mut server = Server { process, socket };
         let deadline = Instant::now() + START;
         while std::os::unix::net::UnixStream::connect(&server.socket).is_err() {
