@@ -15,13 +15,33 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 
-use crate::sockopt as tcp;
+use crate::sockopt::TcpInfo;
 
 /// BBR measures the least round trip when it has not met it for ten seconds.
 const RENEW_EVERY: Duration = Duration::from_secs(7);
 
 /// Every kernel has it, and it may always be chosen.
 const ALWAYS_THERE: &str = "reno";
+
+/// The usual one, which does not space segments.
+const UNPACED: &str = "cubic";
+
+/// A connection at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reading {
+    /// Bytes that have reached the peer's kernel since the connection was made, TLS included. What came
+    /// behind a gap counts, so that losses do not make it stand still and then leap.
+    pub delivered: u64,
+    /// The smoothed round trip, by the segments themselves: unlike a ping, none waits behind one that is
+    /// sent again. It is old on a connection that idles.
+    pub rtt: Duration,
+    /// Bytes that would leave at once.
+    pub room: u64,
+    /// Bytes that wait for the congestion control to let them go.
+    pub unsent: u64,
+    /// Nothing is under way.
+    pub is_idle: bool,
+}
 
 /// A view of one connection's socket. It keeps the socket open: drop it with the connection.
 #[derive(Debug)]
@@ -41,15 +61,39 @@ impl Gauge {
         })
     }
 
-    /// Bytes the peer's kernel has acknowledged since the connection was made, TLS included; `None` if
-    /// the kernel does not tell (before Linux 4.1).
-    pub fn acknowledged(&self) -> Option<u64> {
-        tcp::bytes_acked(&self.socket).ok().flatten()
+    /// How the connection does; `None` if the kernel does not tell (before Linux 4.6).
+    pub fn reading(&self) -> Option<Reading> {
+        let info = TcpInfo::of(&self.socket).ok().flatten()?;
+        Some(Reading {
+            delivered: info.delivered(),
+            rtt: Duration::from_micros(info.rtt_us()),
+            room: info.room(),
+            unsent: info.unsent(),
+            is_idle: info.is_idle(),
+        })
+    }
+
+    /// Lets segments leave as soon as the window has room for them. BBR would space them by what it takes
+    /// for the link's rate, which of a connection that mostly idles is little.
+    pub fn unpaced(&mut self) {
+        for name in [UNPACED, ALWAYS_THERE] {
+            if sockopt::set_tcp_congestion(&self.socket, name).is_ok() {
+                name.clone_into(&mut self.congestion);
+                return;
+            }
+        }
     }
 
     /// To be called now and then, at least once a second: keeps BBR from measuring the round trip at
     /// the cost of demands. Does nothing to any other congestion control.
     pub fn keep_going(&self, now: Instant) {
+        self.begin_anew(now, RENEW_EVERY);
+    }
+
+    /// Lets BBR look for the link's rate from the beginning, if it has gone on for so long. It takes a
+    /// connection that had little to send for one on a slow link, and from then on grows by a quarter in
+    /// eight round trips; in the beginning it doubles in one. Does nothing to any other control.
+    pub fn begin_anew(&self, now: Instant, after: Duration) {
         if self.congestion != "bbr" {
             return;
         }
@@ -58,7 +102,7 @@ impl Gauge {
             .renewed
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        if now.saturating_duration_since(*renewed) < RENEW_EVERY {
+        if now.saturating_duration_since(*renewed) < after {
             return;
         }
         *renewed = now;
@@ -83,16 +127,18 @@ mod tests {
     }
 
     #[test]
-    fn what_the_peer_took_is_acknowledged() {
+    fn what_the_peer_took_is_delivered() {
         let (mut near, mut far) = pair();
         let gauge = Gauge::new(&near, "").unwrap();
-        let before = gauge.acknowledged().unwrap();
+        let before = gauge.reading().unwrap().delivered;
         near.write_all(&[7; 4000]).unwrap();
         far.read_exact(&mut [0; 4000]).unwrap();
-        while gauge.acknowledged().unwrap() < before + 4000 {
+        while gauge.reading().unwrap().delivered < before + 4000 {
             std::thread::yield_now();
         }
-        assert_eq!(gauge.acknowledged(), Some(before + 4000));
+        let after = gauge.reading().unwrap();
+        assert_eq!(after.delivered, before + 4000);
+        assert!(after.room >= 4000, "an idle connection has room: {after:?}");
     }
 
     #[test]
@@ -109,6 +155,15 @@ mod tests {
         let mut heard = [0; 11];
         far.read_exact(&mut heard).unwrap();
         assert_eq!(&heard, b"still there");
+    }
+
+    #[test]
+    fn an_unpaced_connection_has_another_control_and_keeps_it() {
+        let (near, _far) = pair();
+        let mut gauge = Gauge::new(&near, "bbr").unwrap();
+        gauge.unpaced();
+        gauge.keep_going(Instant::now() + 2 * RENEW_EVERY);
+        assert_ne!(sockopt::tcp_congestion(&near).unwrap(), "bbr");
     }
 
     #[test]

@@ -248,9 +248,9 @@ async fn control_out(
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
             }
             _ = period.tick() => {
-                if let Some(rtt) = life.pulse.least_rtt() {
-                    life.wants.felt.set_round_trip(rtt);
-                }
+                // A request that fetched something and was slow because the link lost it, or had a queue, is
+                // no reason to push less: of the queue the source takes care, of losses nobody can.
+                life.wants.felt.set_round_trip(life.pulse.worst_rtt());
                 let felt = life.wants.felt.take();
                 let backlog = life.arrivals.backlog();
                 let hears = life.mouth.features() & FEATURE_BACKLOG != 0;

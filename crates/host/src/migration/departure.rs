@@ -17,9 +17,10 @@ use whimbrel_engine::codec::{Codec, Policy};
 use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::outflow::Class as CopyClass;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{Extent, SpaceId};
+use whimbrel_engine::space::{Extent, SpaceId, UNIT};
 use whimbrel_peer::backoff::Backoff;
 use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
+use whimbrel_peer::gauge::Gauge;
 use whimbrel_peer::hello::Class;
 use whimbrel_peer::pace::Pace;
 use whimbrel_wire::frame::Kind;
@@ -29,9 +30,9 @@ use whimbrel_wire::units::{Encoding, MAX_UNITS, Units};
 
 use super::easing::{Easing, PERIOD};
 use super::flow::{Answer, Content, Flow, Since};
-use super::governor::Governor;
+use super::governor::{Governor, on_link};
 use super::lane::{
-    Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, send_units, until_first_ends,
+    Heard, LaneError, LinkEvent, Mouth, Pulse, hear, say, send_units, until_first_ends,
 };
 use super::packing::{self, Form, Frame, PackJob, Packing};
 use crate::disk::absolute;
@@ -49,6 +50,10 @@ const EVENTS: usize = 256;
 
 /// Side jobs of the control reader (peeks and digests) at once; more wait in the connection.
 const SIDE_JOBS: usize = 16;
+
+/// What a unit of a demand takes on the link at most, and how soon a window that is in use is looked at again.
+const UNIT_ON_LINK: u64 = UNIT + 200;
+const ROOM_AGAIN: Duration = Duration::from_millis(4);
 
 /// The source's session.
 pub struct Departure {
@@ -187,6 +192,10 @@ async fn live(connection: Connection, life: &Life, stop: &CancellationToken) -> 
             push_out(n, life.clone(), told.subscribe()),
         ));
     }
+    tasks.spawn(guard(
+        end.clone(),
+        demand_out(life.gear.pushes, life.clone(), told.subscribe()),
+    ));
     until_first_ends(tasks, end).await
 }
 
@@ -200,17 +209,16 @@ async fn guard(
     }
 }
 
-/// Messages, and pings when it is time. Content never goes here: this connection mostly idles, so its
-/// congestion window is small, and a demand of more than a few pages would take several round trips. The
-/// push connections' windows are open, and on them demands go first.
+/// Messages, and pings when it is time. Content never goes here: whoever answers demands and push wait on
+/// content, and a message does not wait for them.
 async fn control_out(
     mut sender: FrameSender,
     mut outbox: mpsc::Receiver<Message>,
     mut pongs: mpsc::Receiver<bytes::Bytes>,
     life: Life,
 ) -> Result<(), LaneError> {
-    let mut ping = tokio::time::interval(PING_EVERY);
-    ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let ping = tokio::time::sleep(Duration::ZERO);
+    tokio::pin!(ping);
     let mut period = tokio::time::interval(PERIOD);
     period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -221,15 +229,18 @@ async fn control_out(
                 None => return Err(LaneError::Closed),
             },
             Some(payload) = pongs.recv() => sender.send(Kind::Pong, &payload, bytes::Bytes::new()).await?,
-            _ = ping.tick() => {
+            () = &mut ping => {
                 let payload = life.pulse.ping();
                 sender.send(Kind::Ping, &payload, bytes::Bytes::new()).await?;
+                let next = tokio::time::Instant::now() + life.governor.ping_every();
+                ping.as_mut().reset(next);
             }
             _ = period.tick() => {
                 // Disks feel content, whatever it was packed to on the link.
                 let content = life.gear.flow.content_sent();
-                let lives = life.pulse.is_alive();
-                let cap = life.gear.easing.period(content, Instant::now(), lives);
+                let now = Instant::now();
+                let lives = life.pulse.is_alive() && !life.governor.has_long_queue(now);
+                let cap = life.gear.easing.period(content, now, lives);
                 let left = life.packing.left();
                 life.governor.cap(cap.map(|cap| (cap as f64 * left) as u64));
             }
@@ -259,7 +270,10 @@ impl Pusher {
         let frames = packing::frames(units, codec, MAX_UNITS, &mut self.packer).frames;
         flow.framed(frames.len() as u64);
         for frame in frames {
-            self.life.governor.pace().charge(frame.parcel.wire_len());
+            self.life
+                .governor
+                .pace()
+                .charge(on_link(frame.parcel.wire_len()));
             self.send(space, CopyClass::Demand, frame).await?;
         }
         Ok(())
@@ -293,7 +307,6 @@ impl Pusher {
     async fn run(&mut self) -> Result<(), LaneError> {
         let (flow, life) = (self.life.gear.flow.clone(), self.life.clone());
         let governor = &life.governor;
-        flow.opened().await;
         let mut job = PackJob::new(life.packing.clone(), self.can_unpack);
         loop {
             let most = || governor.frame_units(job.left());
@@ -316,7 +329,7 @@ impl Pusher {
             for frame in packed.frames {
                 let of_content = frame.form != Form::Zero;
                 let began = Instant::now();
-                let turn = governor.pace().acquire(frame.parcel.wire_len());
+                let turn = governor.pace().acquire(on_link(frame.parcel.wire_len()));
                 self.answering(turn).await?;
                 let turned = Instant::now();
                 self.send(space, class, frame).await?;
@@ -353,22 +366,25 @@ async fn content_of(
     Ok((units, began.elapsed()))
 }
 
-async fn push_out(
+/// A connection for content, and whatever looks after it.
+async fn content_out<F>(
     number: u16,
-    life: Life,
+    life: &Life,
     mut told: watch::Receiver<bool>,
-) -> Result<(), LaneError> {
+    work: impl FnOnce(Pusher, Option<Gauge>) -> F,
+) -> Result<(), LaneError>
+where
+    F: Future<Output = Result<(), LaneError>>,
+{
     let connection = life.gear.dialler.dial(Class::Push(number)).await?;
     tracing::debug!(push = number, sockets = ?connection.sockets(), "push connection");
     // Without it the governor goes by what it let go.
     let gauge = connection.gauge().ok();
-    let governor = life.governor.clone();
-    let _watched = gauge.map(|gauge| governor.watch(gauge));
     let can_unpack = connection.agreed().features & FEATURE_ZSTD != 0;
     let (sender, mut receiver) = connection.split();
-    let mut pusher = Pusher {
+    let pusher = Pusher {
         sender,
-        life,
+        life: life.clone(),
         can_unpack,
         packer: Packer::default(),
     };
@@ -376,7 +392,8 @@ async fn push_out(
         if told.wait_for(|&told| told).await.is_err() {
             return Err(LaneError::Closed);
         }
-        pusher.run().await
+        life.gear.flow.opened().await;
+        work(pusher, gauge).await
     };
     // Nothing is said on the way back; reading is how a broken connection is noticed at once.
     let listening = async {
@@ -388,6 +405,50 @@ async fn push_out(
         result = sending => result,
         result = listening => result,
     }
+}
+
+async fn push_out(number: u16, life: Life, told: watch::Receiver<bool>) -> Result<(), LaneError> {
+    let governor = life.governor.clone();
+    content_out(number, &life, told, async |mut pusher, gauge| {
+        let _watched = gauge.map(|gauge| governor.watch(gauge));
+        pusher.run().await
+    })
+    .await
+}
+
+/// The demands' own connection: one of push by its class, on which nothing is pushed. So a demand waits neither
+/// behind what push has in the kernel, nor, on a link that loses packets, for push's to be sent again. Its
+/// window is small, because it mostly idles; what there is no room for goes ahead of push on the others.
+async fn demand_out(number: u16, life: Life, told: watch::Receiver<bool>) -> Result<(), LaneError> {
+    let governor = life.governor.clone();
+    content_out(number, &life, told, async |mut pusher, gauge| {
+        let Some(mut gauge) = gauge else {
+            return std::future::pending().await;
+        };
+        gauge.unpaced();
+        let watched = governor.watch(gauge);
+        let flow = pusher.life.gear.flow.clone();
+        loop {
+            // A kernel that does not tell has no room. After losses the window may be less than a unit, and it
+            // grows only by being used.
+            let reading = watched.reading();
+            flow.lane_has_room(
+                reading.map_or(0, |r| (r.room / UNIT_ON_LINK).max(r.is_idle.into())),
+            );
+            let fills = async {
+                match reading.is_some_and(|r| !r.is_idle) {
+                    true => tokio::time::sleep(ROOM_AGAIN).await,
+                    false => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                answer = flow.next_in_lane() => pusher.answer_demand(answer).await?,
+                () = fills => {}
+            }
+        }
+    })
+    .await
 }
 
 /// What the peer has said of one space since the connection was made.

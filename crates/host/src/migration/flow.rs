@@ -15,7 +15,7 @@ use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 use super::packing::{Form, Frame};
 
 /// Units of one demanded frame: small, so that several demands take turns.
-const DEMAND_UNITS: u64 = 8;
+pub const DEMAND_UNITS: u64 = 8;
 
 /// Most answers "that is zero" that wait to be said; the destination demands again what it misses after
 /// a reconnect, so dropping the oldest loses nothing but time.
@@ -74,11 +74,15 @@ struct Inner {
     frames: u64,
     /// Answers handed out of which it is not known yet how many frames they are.
     in_hand: u64,
+    /// Units that the demands' own connection has room for now: push connections leave those to it.
+    lane_units: u64,
 }
 
 /// What flows out of the source.
 pub struct Flow {
     inner: Mutex<Inner>,
+    /// Wakes the demands' own connection.
+    laned: Notify,
     demanded: Notify,
     pushable: Notify,
     /// Whether content may leave at all: policy opens it, at the latest with the grant.
@@ -97,7 +101,9 @@ impl Default for Flow {
                 zero_pushes: VecDeque::new(),
                 frames: 0,
                 in_hand: 0,
+                lane_units: 0,
             }),
+            laned: Notify::new(),
             demanded: Notify::new(),
             pushable: Notify::new(),
             open: watch::Sender::new(false),
@@ -138,6 +144,7 @@ impl Flow {
     /// Changes what there is to send, then wakes whoever sends.
     pub fn change<T>(&self, f: impl FnOnce(&mut Outflow) -> T) -> T {
         let result = f(&mut self.inner().out);
+        self.laned.notify_one();
         self.demanded.notify_one();
         self.pushable.notify_waiters();
         self.pushable.notify_one();
@@ -161,9 +168,40 @@ impl Flow {
             }
         }
         drop(inner);
-        // Both: whichever connection has room first takes it.
+        // All: whichever connection has room first takes it.
+        self.laned.notify_one();
         self.demanded.notify_one();
         self.pushable.notify_one();
+    }
+
+    /// The demands' own connection has room for so many units. What it leaves is the push connections'.
+    pub fn lane_has_room(&self, units: u64) {
+        let before = std::mem::replace(&mut self.inner().lane_units, units);
+        if units == 0 && before > 0 {
+            self.demanded.notify_one();
+            self.pushable.notify_one();
+        }
+    }
+
+    /// The next demanded units for the demands' own connection, as many as it has room for. Waits.
+    pub async fn next_in_lane(&self) -> Answer {
+        loop {
+            {
+                let mut inner = self.inner();
+                let units = inner.lane_units;
+                if let Some(answer) = take_demand(&mut inner, units) {
+                    inner.lane_units = units.saturating_sub(answer.units());
+                    let is_full = inner.lane_units == 0;
+                    drop(inner);
+                    if is_full {
+                        self.demanded.notify_one();
+                        self.pushable.notify_one();
+                    }
+                    return answer;
+                }
+            }
+            self.laned.notified().await;
+        }
     }
 
     pub fn forget(&self, space: SpaceId, runs: &[Extent]) {
@@ -203,10 +241,10 @@ impl Flow {
         units * UNIT
     }
 
-    /// The next demanded units, when there are any: waits.
+    /// The next demanded units for a push connection, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {
-            if let Some(answer) = take_demand(&mut self.inner()) {
+            if let Some(answer) = take_beside_lane(&mut self.inner()) {
                 return answer;
             }
             self.demanded.notified().await;
@@ -219,7 +257,7 @@ impl Flow {
         loop {
             {
                 let mut inner = self.inner();
-                if let Some(answer) = take_demand(&mut inner) {
+                if let Some(answer) = take_beside_lane(&mut inner) {
                     return (CopyClass::Demand, answer);
                 }
                 if let Some((space, run)) = inner.zero_pushes.pop_front() {
@@ -255,6 +293,7 @@ impl Flow {
         inner.frames = 0;
         // What the last life had in hand was lost with it.
         inner.in_hand = 0;
+        inner.lane_units = 0;
     }
 
     /// An answer that was handed out goes as so many frames: to be said once of each, before it is sent.
@@ -387,10 +426,21 @@ impl Flow {
     }
 }
 
-fn take_demand(inner: &mut Inner) -> Option<Answer> {
+/// What is demanded, if the demands' own connection has no room.
+fn take_beside_lane(inner: &mut Inner) -> Option<Answer> {
+    match inner.lane_units {
+        0 => take_demand(inner, DEMAND_UNITS),
+        _ => None,
+    }
+}
+
+fn take_demand(inner: &mut Inner, most: u64) -> Option<Answer> {
+    if most == 0 {
+        return None;
+    }
     let answer = match inner.zero_answers.pop_front() {
         Some((space, run)) => Answer::Zero(space, run),
-        None => Answer::Batch(inner.out.next_demand(DEMAND_UNITS)?),
+        None => Answer::Batch(inner.out.next_demand(most.min(DEMAND_UNITS))?),
     };
     inner.in_hand += 1;
     Some(answer)
@@ -413,4 +463,14 @@ pub enum Answer {
     Batch(Batch),
     /// These units are zero.
     Zero(SpaceId, Extent),
+}
+
+impl Answer {
+    /// Units of content in it.
+    pub fn units(&self) -> u64 {
+        match self {
+            Answer::Batch(batch) => batch.units(),
+            Answer::Zero(..) => 0,
+        }
+    }
 }

@@ -3,11 +3,12 @@
 //! Whatever lies in a queue on the way is ahead of the next demand. TCP fills that queue: with loss-based
 //! congestion control to its end, with BBR up to a round trip's worth. So push is paced to what the link
 //! takes, and what the link takes is found by two measures at each ping on the control connection: how much
-//! longer the ping took than the quickest of late, which is the queue, and how many bytes the far side has
-//! acknowledged lately, which is what the link carries.
+//! longer a round trip took than the quickest of late, which is the queue, and how many bytes have reached the
+//! far side lately, which is what the link carries. A round trip is the lesser of the ping's and of what the
+//! kernel knows from push's own segments: pings wait behind one of theirs that was lost, segments do not.
 //!
 //! ```text
-//!   queue     = lesser of the last two round trips - least of the last half minute
+//!   queue     = round trip - least of the last half minute
 //!   carries   = acknowledged bytes a second: raised at once; lowered, by an average, only while there is a
 //!               queue and the link carried another amount than was sent, a round trip before
 //!   rate      = carries * (1 + (TARGET - queue) / horizon)
@@ -15,9 +16,15 @@
 //!
 //! The queue is the sum of past excess, so this drains what is above the target within about the horizon,
 //! and adds little while the news of it is under way: a rate that is changed by the queue alone swings, too
-//! much until the queue is seen, too little until it is gone. The lesser of two, because a ping may wait for
-//! a busy CPU, which is no queue. A small standing queue is the aim, not none: an empty one means that the
-//! link idles.
+//! much until the queue is seen, too little until it is gone. A ping may wait for a busy CPU, which is no queue:
+//! where the kernel tells of no segments, the lesser of the last two counts. A small standing queue is the aim,
+//! not none: an empty one means that the link idles.
+//!
+//! In the beginning nothing is known. The rate doubles in the time that news takes, with pings often, until a
+//! queue is seen: from 4 Mbit/s to 1 Gbit/s in a third of a second on a short link, three on one of 200 ms.
+//!
+//! BBR below has its own idea of what the link carries, and one of a connection that had little to send is much
+//! too low: then what push may send waits in the socket, with no queue on the link. So BBR is begun anew.
 //!
 //! Traps. Lowered whenever there is a queue, `carries` would follow the rate and the rate follow it, down
 //! to nothing, for a delay that is none of our doing. With a queue always there the least round trip is
@@ -30,12 +37,19 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use whimbrel_engine::space::UNIT;
-use whimbrel_peer::gauge::Gauge;
+use whimbrel_peer::gauge::{Gauge, Reading};
 use whimbrel_peer::pace::{Pace, Rate};
 use whimbrel_wire::units::MAX_UNITS;
 
+use super::lane::PING_EVERY;
+
 /// The standing queue aimed at, in seconds.
 const TARGET: f64 = 0.008;
+
+/// So many times as long it is not to be taken for a slow disk: whoever waits behind it waits for the link.
+/// What was asked for meanwhile is answered within the time.
+const LONG: f64 = 3.0;
+const LONG_FOR: Duration = Duration::from_secs(1);
 
 /// A queue below this may be a mere delay of the measuring.
 const NOTHING: f64 = 0.002;
@@ -58,11 +72,36 @@ const MOST_FACTOR: f64 = 1.03;
 const GROWTH: f64 = 1.08;
 const QUIET: u32 = 30;
 
+/// After so many more pings without a queue it grows twice as fast, and so on.
+const FASTER: f64 = 10.0;
+
 /// How much one ping's measure moves the average.
 const WEIGHT: f64 = 0.2;
 
 /// What was carried is as much as was sent if they differ by no more than this share.
 const SAME: f64 = 0.03;
+
+/// In the beginning: how often the link is timed, at least and as a share of the round trip (so that no more
+/// pings are under way than are remembered); over what time it is looked whether push uses what it may, and
+/// over what what the link carries when the first queue is seen.
+const START_PING: Duration = Duration::from_millis(10);
+const START_PINGS: u32 = 8;
+const START_USED: f64 = 0.03;
+const START_CARRIED: f64 = 0.1;
+
+/// How long news of a queue takes: so many round trips and pings; and pings with a queue at the first rate that
+/// end the beginning.
+const START_TRIPS: f64 = 1.5;
+const START_SURE: u32 = 8;
+
+/// BBR is begun anew if push does less than it may, without a queue on the link and with so much waiting in the
+/// socket; not sooner again than it can have found a rate: at least the first, and so many round trips.
+const WAITING: u64 = 48 << 10;
+const ANEW: Duration = Duration::from_millis(250);
+const ANEW_TRIPS: u32 = 8;
+
+/// Push does what it may if it does so much of it; else nothing is learnt from it.
+const DOES: f64 = 0.7;
 
 /// Time over which bytes are counted, in seconds: long enough that single acknowledgements, which come in
 /// bursts, do not matter.
@@ -77,6 +116,23 @@ const COUNTS: usize = 620;
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 const LOOK_FACTOR: f64 = 0.7;
 const LOOKS: usize = 3;
+
+/// Of a packet of 1500 bytes TCP carries 1448; and TLS adds 22 to each 16 KiB.
+const PACKET_PAYLOAD: u64 = 1448;
+const PACKET_HEADERS: u64 = 52;
+const RECORD: u64 = 16 << 10;
+const RECORD_HEADERS: u64 = 22;
+
+/// What so many bytes of frames are on the link, in whole packets as good as can be known beforehand: what the
+/// operator bounds is the link, and it is what the link's rate is told in. What is lost and sent again is not in it.
+pub fn on_link(frames: u64) -> u64 {
+    in_packets(frames + RECORD_HEADERS * frames.div_ceil(RECORD))
+}
+
+fn in_packets(bytes: u64) -> u64 {
+    // In proportion: packets are filled across frames.
+    bytes + bytes * PACKET_HEADERS / PACKET_PAYLOAD
+}
 
 /// Bytes a second to begin with, and never less.
 const FIRST: f64 = 500e3;
@@ -93,26 +149,45 @@ const MOST: f64 = 5e9;
 pub struct Governor {
     pace: Pace,
     inner: Mutex<Inner>,
-    gauges: Mutex<Vec<Arc<Gauge>>>,
+    gauges: Mutex<Vec<Seen>>,
+}
+
+/// A connection, and what had been delivered by it when it was last looked at.
+struct Seen {
+    gauge: Arc<Gauge>,
+    delivered: u64,
+    unsent: u64,
 }
 
 /// What was counted at a ping.
 #[derive(Clone, Copy)]
 struct Count {
     at: Instant,
-    acknowledged: u64,
+    delivered: u64,
     admitted: u64,
+    /// What might have been admitted.
+    allowed: f64,
 }
 
 struct Inner {
     rate: f64,
+    /// No queue has been seen yet.
+    is_starting: bool,
+    /// Starting, and push does what it may.
+    is_growing: bool,
+    /// Push does less than it may, and there is no queue.
+    is_short: bool,
+    /// Bytes that the rate would have let go so far.
+    allowed: f64,
+    /// When a queue was last seen that is longer than any aimed at.
+    long_queue: Option<Instant>,
     /// What the link carries, in bytes a second; `None` until it was met.
     carries: Option<f64>,
     /// Least round trips between looks, the newest last; at most `LOOKS`.
     least: VecDeque<Duration>,
     before: Duration,
     counts: VecDeque<Count>,
-    /// Pings without a queue, less three times those with one.
+    /// Pings without a queue, less three times those with one; in the beginning, pings with one.
     quiet: u32,
     looked: Option<Instant>,
     /// Holding back until then.
@@ -134,6 +209,11 @@ impl Inner {
     fn new() -> Inner {
         Inner {
             rate: FIRST,
+            is_starting: true,
+            is_growing: false,
+            is_short: false,
+            allowed: 0.0,
+            long_queue: None,
             carries: None,
             least: VecDeque::with_capacity(LOOKS),
             before: Duration::MAX,
@@ -145,15 +225,16 @@ impl Inner {
         }
     }
 
-    /// Seconds of the least round trip and of the queue, by a round trip that was just seen.
-    fn queue(&mut self, rtt: Duration) -> (f64, f64) {
+    /// Seconds of the least round trip and of the queue, by a ping's round trip and the segments' if they tell.
+    fn queue(&mut self, ping: Duration, segments: Option<Duration>) -> (f64, f64) {
+        let lately = ping.min(segments.unwrap_or(self.before));
+        self.before = ping;
+        let shortest = ping.min(lately);
         match self.least.back_mut() {
-            Some(least) => *least = rtt.min(*least),
-            None => self.least.push_back(rtt),
+            Some(least) => *least = shortest.min(*least),
+            None => self.least.push_back(shortest),
         }
-        let least = self.least.iter().min().copied().unwrap_or(rtt);
-        let lately = rtt.min(self.before);
-        self.before = rtt;
+        let least = self.least.iter().min().copied().unwrap_or(shortest);
         let queue = lately.saturating_sub(least).as_secs_f64();
         (least.as_secs_f64(), queue)
     }
@@ -190,14 +271,78 @@ impl Inner {
         }
         let bytes = |from: u64, to: u64| to.saturating_sub(from) as f64;
         Some(Measure {
-            carried: bytes(first.acknowledged, count.acknowledged) / window,
+            carried: bytes(first.delivered, count.delivered) / window,
             sent: bytes(begin.admitted, end.admitted) / then,
             used: bytes(first.admitted, count.admitted) / window,
         })
     }
 
-    fn steer(&mut self, rtt: Duration, count: Count) {
-        let (least, queue) = self.queue(rtt);
+    /// Until a queue is seen.
+    fn start(&mut self, least: f64, queue: f64, count: Count) {
+        let before = self.counts.back().copied();
+        let _ = self.measure(count, least);
+        let over = |from: &Count| {
+            count
+                .at
+                .saturating_duration_since(from.at)
+                .as_secs_f64()
+                .max(1e-3)
+        };
+        let from = self.count_before(count.at, START_USED);
+        let used = count.admitted.saturating_sub(from.admitted) as f64;
+        self.is_growing = used >= DOES * (count.allowed - from.allowed);
+        // Of one that push had no part in nothing is learnt, and a single one may be a busy CPU.
+        self.is_short = !self.is_growing && queue < TARGET / 2.0;
+        let is_queue = queue > TARGET && self.is_growing;
+        // The first rate is next to nothing, and was not even asked for by much.
+        let sure = if self.rate > FIRST { 2 } else { START_SURE };
+        if is_queue && self.quiet + 1 >= sure {
+            let from = self.count_before(count.at, START_CARRIED);
+            let carried = count.delivered.saturating_sub(from.delivered) as f64 / over(&from);
+            self.is_starting = false;
+            self.is_growing = false;
+            self.quiet = 0;
+            // What was counted while the rate doubled is no measure of it.
+            self.counts.clear();
+            self.carries = Some(carried.max(LEAST));
+            self.rate = carried.clamp(LEAST, MOST);
+            return;
+        }
+        self.quiet = if is_queue { self.quiet + 1 } else { 0 };
+        if is_queue {
+            return;
+        }
+        if let Some(before) = before.filter(|_| self.is_growing) {
+            let news = START_TRIPS * (least + 2.0 * self.ping_every().as_secs_f64());
+            let doublings = (over(&before) / news).min(1.0);
+            self.rate = (self.rate * doublings.exp2()).min(MOST);
+        }
+    }
+
+    /// How often the link is to be timed.
+    fn ping_every(&self) -> Duration {
+        let least = self.least.iter().min().copied().unwrap_or_default();
+        match self.is_growing {
+            true => (least / START_PINGS).clamp(START_PING, PING_EVERY),
+            false => PING_EVERY,
+        }
+    }
+
+    fn steer(&mut self, ping: Duration, segments: Option<Duration>, mut count: Count) {
+        let (least, queue) = self.queue(ping, segments);
+        if let Some(before) = self.counts.back() {
+            let over = count.at.saturating_duration_since(before.at).as_secs_f64();
+            self.allowed += over * self.rate;
+        }
+        count.allowed = self.allowed;
+        if queue > LONG * TARGET {
+            self.long_queue = Some(count.at);
+        }
+        self.is_short = false;
+        if self.is_starting {
+            self.start(least, queue, count);
+            return;
+        }
         let looked = *self.looked.get_or_insert(count.at);
         match self.looking {
             Some(until) if count.at < until => return,
@@ -211,7 +356,8 @@ impl Inner {
         let Some(measure) = self.measure(count, least) else {
             return;
         };
-        if measure.used < 0.7 * self.rate {
+        if measure.used < DOES * self.rate {
+            self.is_short = queue < TARGET / 2.0;
             return;
         }
         self.quiet = if queue < TARGET / 2.0 {
@@ -240,7 +386,9 @@ impl Inner {
             }
             _ => {
                 self.carries = None;
-                self.rate * GROWTH.powf((0.15 / news).min(1.0))
+                let pings = f64::from(self.quiet.saturating_sub(QUIET));
+                let growth = GROWTH.powf((0.15 / news).min(1.0) * (1.0 + pings / FASTER));
+                self.rate * growth.min(2.0)
             }
         };
         self.rate = rate.clamp(LEAST, MOST);
@@ -282,7 +430,7 @@ impl Governor {
         self.inner.lock().expect("no holder of this lock panics")
     }
 
-    fn gauges(&self) -> MutexGuard<'_, Vec<Arc<Gauge>>> {
+    fn gauges(&self) -> MutexGuard<'_, Vec<Seen>> {
         self.gauges.lock().expect("no holder of this lock panics")
     }
 
@@ -309,10 +457,20 @@ impl Governor {
         inner.cap.is_some_and(|cap| (cap as f64) < inner.rate)
     }
 
+    /// Whether the link has, or just had, a queue that is felt.
+    pub fn has_long_queue(&self, now: Instant) -> bool {
+        let seen = self.inner().long_queue;
+        seen.is_some_and(|at| now.saturating_duration_since(at) < LONG_FOR)
+    }
+
     /// Counts what a push connection carries, until the answer is dropped.
     pub fn watch(&self, gauge: Gauge) -> Watched<'_> {
         let gauge = Arc::new(gauge);
-        self.gauges().push(gauge.clone());
+        self.gauges().push(Seen {
+            gauge: gauge.clone(),
+            delivered: 0,
+            unsent: 0,
+        });
         self.inner().counts.clear();
         Watched {
             governor: self,
@@ -331,29 +489,63 @@ impl Governor {
         self.pace.set_rate(pace);
     }
 
+    /// How often the link is to be timed.
+    pub fn ping_every(&self) -> Duration {
+        self.inner().ping_every()
+    }
+
     /// A ping came back after `rtt`.
     pub fn pong(&self, rtt: Duration, now: Instant) {
         let admitted = self.pace.admitted();
-        // A kernel that does not tell leaves what was let go as the measure: less exact, never stuck.
-        let acknowledged = {
-            let gauges = self.gauges();
-            gauges.iter().for_each(|gauge| gauge.keep_going(now));
-            gauges.iter().map(|gauge| gauge.acknowledged()).sum()
+        let (mut delivered, mut segments) = (Some(0), None);
+        for seen in self.gauges().iter_mut() {
+            seen.gauge.keep_going(now);
+            let reading = seen.gauge.reading();
+            delivered = delivered.zip(reading).map(|(sum, r)| sum + r.delivered);
+            let Some(reading) = reading else { continue };
+            // One that has carried nothing since knows of nothing new.
+            let is_news = reading.delivered != seen.delivered && !reading.rtt.is_zero();
+            seen.delivered = reading.delivered;
+            seen.unsent = reading.unsent;
+            if is_news {
+                segments = Some(segments.unwrap_or(reading.rtt).min(reading.rtt));
+            }
+        }
+        let count = Count {
+            at: now,
+            // A kernel that does not tell leaves what was let go as the measure: less exact, never stuck.
+            delivered: delivered.map_or(admitted, in_packets),
+            admitted,
+            allowed: 0.0,
         };
-        self.steer(
-            rtt,
-            Count {
-                at: now,
-                acknowledged: Option::unwrap_or(acknowledged, admitted),
-                admitted,
-            },
-        );
+        self.steer(rtt, segments, count);
+        let patience = {
+            let inner = self.inner();
+            let least = inner.least.iter().min().copied();
+            let patience = (ANEW_TRIPS * least.unwrap_or_default()).max(ANEW);
+            inner.is_short.then_some(patience)
+        };
+        if let Some(patience) = patience {
+            for seen in self.gauges().iter().filter(|seen| seen.unsent >= WAITING) {
+                seen.gauge.begin_anew(now, patience);
+            }
+        }
     }
 
-    fn steer(&self, rtt: Duration, count: Count) {
+    fn steer(&self, ping: Duration, segments: Option<Duration>, count: Count) {
         let pace = {
             let mut inner = self.inner();
-            inner.steer(rtt, count);
+            inner.steer(ping, segments, count);
+            tracing::trace!(
+                ?ping,
+                ?segments,
+                count.delivered,
+                count.admitted,
+                inner.rate,
+                inner.carries,
+                inner.quiet,
+                "the link is timed"
+            );
             inner.pace()
         };
         self.pace.set_rate(pace);
@@ -366,11 +558,18 @@ pub struct Watched<'a> {
     gauge: Arc<Gauge>,
 }
 
+impl Watched<'_> {
+    /// How the connection does now.
+    pub fn reading(&self) -> Option<Reading> {
+        self.gauge.reading()
+    }
+}
+
 impl Drop for Watched<'_> {
     fn drop(&mut self) {
         self.governor
             .gauges()
-            .retain(|gauge| !Arc::ptr_eq(gauge, &self.gauge));
+            .retain(|seen| !Arc::ptr_eq(&seen.gauge, &self.gauge));
         self.governor.inner().counts.clear();
     }
 }
@@ -437,10 +636,11 @@ mod tests {
                     self.late.pop_front();
                     let count = Count {
                         at: begin + Duration::from_secs_f64(self.time),
-                        acknowledged: acknowledged as u64,
+                        delivered: acknowledged as u64,
                         admitted: governor.pace().admitted(),
+                        allowed: 0.0,
                     };
-                    governor.steer(Duration::from_secs_f64(rtt), count);
+                    governor.steer(Duration::from_secs_f64(rtt), None, count);
                 }
                 if self.time > settled {
                     outcome.worst = outcome.worst.max(wait);
@@ -512,10 +712,11 @@ mod tests {
         for step in 0..1000 {
             let count = Count {
                 at: begin + Duration::from_secs_f64(30.0 + f64::from(step) * STEP),
-                acknowledged: link.carried as u64,
+                delivered: link.carried as u64,
                 admitted: governor.pace().admitted(),
+                allowed: 0.0,
             };
-            governor.steer(Duration::from_millis(40), count);
+            governor.steer(Duration::from_millis(40), None, count);
         }
         assert_eq!(governor.inner().rate, before);
     }

@@ -23,6 +23,9 @@ pub const PING_EVERY: Duration = Duration::from_millis(50);
 /// outage alone does not break it.
 pub const SILENCE: Duration = Duration::from_millis(1500);
 
+/// What the link costs at its worst is the longest round trip of so long a time, or twice that.
+const WORST_OF: Duration = Duration::from_secs(5);
+
 /// Why a session's connections were given up.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
@@ -113,6 +116,33 @@ struct PulseInner {
     rtt: Rtt,
     heard: Option<Instant>,
     up: bool,
+    worst: Worst,
+}
+
+/// The longest round trip of the last one to two times [`WORST_OF`].
+#[derive(Default)]
+struct Worst {
+    since: Option<Instant>,
+    now: Duration,
+    before: Duration,
+}
+
+impl Worst {
+    fn take_in(&mut self, took: Duration, now: Instant) {
+        let since = *self.since.get_or_insert(now);
+        let age = now.saturating_duration_since(since);
+        if age >= WORST_OF {
+            // What was before is forgotten as well if nothing came for so long.
+            self.before = if age < 2 * WORST_OF { self.now } else { took };
+            self.now = took;
+            self.since = Some(now);
+        }
+        self.now = self.now.max(took);
+    }
+
+    fn get(&self) -> Duration {
+        self.now.max(self.before)
+    }
 }
 
 impl Pulse {
@@ -141,12 +171,21 @@ impl Pulse {
 
     /// The round trip, if the pong answers a ping of this connection.
     pub fn pong(&self, payload: &[u8]) -> Option<Duration> {
-        self.inner().rtt.pong(payload, Instant::now())
+        let mut inner = self.inner();
+        let now = Instant::now();
+        let took = inner.rtt.pong(payload, now)?;
+        inner.worst.take_in(took, now);
+        Some(took)
     }
 
     /// The smallest round trip seen: the link's own, without queues.
     pub fn least_rtt(&self) -> Option<Duration> {
         self.inner().rtt.least()
+    }
+
+    /// The longest round trip of late, with what was lost and sent again, and with queues.
+    pub fn worst_rtt(&self) -> Duration {
+        self.inner().worst.get()
     }
 
     pub fn rtt(&self) -> Option<Duration> {
@@ -225,6 +264,17 @@ mod tests {
     use super::*;
     use whimbrel_engine::space::SpaceId;
     use whimbrel_wire::message::FEATURE_HEAT;
+
+    #[test]
+    fn the_worst_round_trip_is_remembered_for_a_while() {
+        let ms = Duration::from_millis;
+        let (mut worst, begin) = (Worst::default(), Instant::now());
+        worst.take_in(ms(300), begin);
+        worst.take_in(ms(40), begin + WORST_OF);
+        assert_eq!(worst.get(), ms(300));
+        worst.take_in(ms(41), begin + 2 * WORST_OF);
+        assert_eq!(worst.get(), ms(41));
+    }
 
     #[tokio::test]
     async fn a_peer_is_not_told_what_it_does_not_know() {

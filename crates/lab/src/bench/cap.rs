@@ -139,8 +139,17 @@ fn play(args: &CapArgs, screen: &mut Screen) -> Result<Vec<Row>, PairError> {
         &first,
         "--detach",
     ])?;
-    let mut moving = pair.on(Host::B).follow(&["watch", NAME])?;
-    moving.until("the drain", PATIENCE, |view| view.phase == Phase::Drain)?;
+    let deadline = Instant::now() + PATIENCE;
+    while view(&pair).map_or(true, |view| view.phase != Phase::Drain) {
+        if Instant::now() >= deadline {
+            return Err(PairError::NotReached {
+                awaited: "the drain",
+                after: PATIENCE,
+                last: "no drain".to_owned(),
+            });
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let stop = AtomicBool::new(false);
     std::thread::scope(|threads| {
         let series = threads.spawn(|| sample(pair.lab().wan(), &stop));

@@ -113,7 +113,7 @@ pub struct Row {
     pub packets: f64,
     /// The same of single TCP streams of nothing but content.
     pub tcp_bbr: Option<f64>,
-    pub tcp_default: Option<f64>,
+    pub tcp_cubic: Option<f64>,
     pub with_push: Waits,
     pub alone: Waits,
     /// From letting push go until it carried 90 % of what it did in the window.
@@ -127,7 +127,7 @@ pub struct Row {
     pub problems: Vec<String>,
 }
 
-pub const HEAD: &str = "Mbit/s  ms   loss  content    of TCP's  packets  TCP bbr  default   \
+pub const HEAD: &str = "Mbit/s  ms   loss  content    of TCP's  packets  TCP bbr    cubic   \
     demands p50 / p99 / longest (n)     alone p50 / p99 (n)   ramp  daemons  emulator";
 
 impl Row {
@@ -137,7 +137,7 @@ impl Row {
             content: 0.0,
             packets: 0.0,
             tcp_bbr: None,
-            tcp_default: None,
+            tcp_cubic: None,
             with_push: Waits::default(),
             alone: Waits::default(),
             ramp_s: None,
@@ -183,7 +183,7 @@ impl Row {
             mark(self.misses_goodput()),
             percent(self.packets),
             maybe(self.tcp_bbr),
-            maybe(self.tcp_default),
+            maybe(self.tcp_cubic),
             w.p50_ms,
             w.p99_ms,
             mark(self.misses_demand()),
@@ -222,7 +222,7 @@ impl Row {
             let time = Duration::from_secs(2) + 15 * case.rtt();
             screen.live("plain TCP");
             self.tcp_bbr = Some(copy::tcp(pair.lab(), Some("bbr"), time)? / link);
-            self.tcp_default = Some(copy::tcp(pair.lab(), None, time)? / link);
+            self.tcp_cubic = Some(copy::tcp(pair.lab(), Some("cubic"), time)? / link);
         }
         screen.live("the machine is made");
         let rig = Rig::new(pair, &disk)?;
