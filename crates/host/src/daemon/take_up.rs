@@ -34,7 +34,7 @@ use crate::migration::record::{
 };
 use crate::service::first_view;
 use crate::state::{
-    LatencyBound, MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir,
+    LatencyBound, MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir, StateError,
 };
 
 fn damaged(what: impl ToString) -> ApiError {
@@ -166,8 +166,11 @@ impl Daemon {
                     }
                 }
                 Action::EndGuest => {
-                    if let Some(plan) = &plan {
-                        self.yield_leftover(id, folder, plan)?;
+                    if let Some(plan) = &plan
+                        && !self.yield_leftover(id, folder, plan)?
+                    {
+                        plan.undo(&self.host).await;
+                        Plan::forget(folder);
                     }
                 }
                 Action::Inspect => {
@@ -189,16 +192,27 @@ impl Daemon {
     }
 
     /// The journal says that the machine is the source's again: its guest is ended here, whatever it does, and the
-    /// records say so.
-    fn yield_leftover(&self, id: &MigrationId, folder: &Path, plan: &Plan) -> Result<(), ApiError> {
+    /// records say so. Returns whether the machine ever was this host's by its records.
+    fn yield_leftover(
+        &self,
+        id: &MigrationId,
+        folder: &Path,
+        plan: &Plan,
+    ) -> Result<bool, ApiError> {
         let name = &plan.spec.name;
         for process in incoming::leftovers(&self.host, name) {
             let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
             tracing::info!(machine = %name, "a guest that was given back to its source was ended");
         }
-        let mut runtime = self.host.state.runtime(name)?;
-        if !matches!(&runtime.ownership, Ownership::Arriving { migration } if migration == id) {
-            return Ok(());
+        let mut runtime = match self.host.state.runtime(name) {
+            Ok(runtime) => runtime,
+            Err(StateError::NoSuch { .. }) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        match &runtime.ownership {
+            Ownership::Arriving { migration } if migration == id => {}
+            Ownership::Departed { migration, .. } => return Ok(migration == id),
+            Ownership::Arriving { .. } | Ownership::Local => return Ok(false),
         }
         let to = Bound::load(folder, &self.host.trust)?.name;
         let state = Ownership::Departed {
@@ -211,7 +225,7 @@ impl Daemon {
         for disk in &plan.spec.disks {
             set_volume(&self.host, &disk.volume, runtime.epoch, state.clone());
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The journal says that all is here and compared; the records may not yet.

@@ -68,7 +68,13 @@ impl Easing {
         let heard = std::mem::take(&mut inner.heard);
         let backlog = std::mem::take(&mut inner.backlog_us);
         let before = inner.admitted.replace((admitted, now));
-        if !link_lives {
+        // Of the disk the backlog tells, whatever the link does.
+        let heard = if link_lives {
+            heard
+        } else {
+            Latencies::default()
+        };
+        if !link_lives && backlog == 0 {
             inner.guard.forget();
             return inner.guard.cap();
         }

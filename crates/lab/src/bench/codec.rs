@@ -67,9 +67,10 @@ impl Row {
 
     fn best(&self) -> Option<(&'static str, f64)> {
         let of = |&fixed: &&'static str| Some((fixed, self.median(fixed)?));
-        let all = FIXED.iter().copied().collect::<Vec<_>>();
-        let found = all.iter().filter_map(of);
-        found.min_by(|a, b| a.1.total_cmp(&b.1))
+        FIXED
+            .iter()
+            .filter_map(of)
+            .min_by(|a, b| a.1.total_cmp(&b.1))
     }
 
     /// How much longer `auto` took than the best fixed choice.

@@ -42,7 +42,7 @@ use crate::api::types::{MigrationState, SpaceProgress};
 use crate::disk::{Filling, Mode, Soil, Wants};
 use crate::host::Host;
 use crate::machine::Running;
-use crate::machines::{Machine, Machines, set_volume};
+use crate::machines::{Machine, Machines};
 use crate::state::{MachineRuntime, MigrationId, Ownership, QemuProcess, Timestamp};
 
 /// Packed device state that may gather before a grant.
@@ -54,6 +54,9 @@ const SAMPLE: Duration = Duration::from_millis(250);
 /// How long a source that is out of reach is waited for before it has granted anything. Longer than the
 /// source waits for this side.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(90);
+
+/// Words of the source that are kept while QEMU loads the machine; those beyond wait in its channel.
+const KEPT_WHILE_LOADING: usize = 256;
 
 /// How long a QEMU that is being killed may take to be gone.
 const ON_ITS_WAY_OUT: Duration = Duration::from_secs(2);
@@ -403,8 +406,40 @@ impl Incoming {
 
     // ---- the switchover ----
 
+    /// Gives QEMU the machine. It may wait for memory that is lost, and for ever; so what the source says
+    /// meanwhile is heard, and kept for afterwards unless it wants the machine back.
     async fn run_guest(&mut self) {
-        let outcome = self.try_run_guest().await;
+        let (_, nothing) = mpsc::channel(1);
+        let mut events = std::mem::replace(&mut self.setup.link.events, nothing);
+        let mut kept = VecDeque::new();
+        let epoch = self.switch.epoch();
+        let outcome = {
+            let outcome = self.try_run_guest();
+            tokio::pin!(outcome);
+            loop {
+                tokio::select! {
+                    biased;
+                    outcome = &mut outcome => break Some(outcome),
+                    Some(event) = events.recv(), if kept.len() < KEPT_WHILE_LOADING => {
+                        if wants_back(&event, epoch) {
+                            break None;
+                        }
+                        kept.push_back(event);
+                    }
+                }
+            }
+        };
+        self.setup.link.events = events;
+        match outcome {
+            Some(outcome) => self.guest_loaded(outcome).await,
+            None => self.event(DestinationEvent::Heard(Say::GiveBack { epoch })),
+        }
+        for event in kept {
+            self.heard(event).await;
+        }
+    }
+
+    async fn guest_loaded(&mut self, outcome: Result<Duration, String>) {
         match outcome {
             Ok(at) => {
                 self.resumed_at = Some(at);
@@ -653,38 +688,23 @@ impl Incoming {
         Plan::forget(&self.folder());
     }
 
-    /// The machine is the source's again. What its guest wrote here is left alone, and belongs to nobody.
+    /// The machine is the source's again. What its guest wrote here is left alone, and belongs to nobody; of a
+    /// guest that never came to run nothing is.
     async fn end_guest(&mut self) {
-        self.requests = None;
-        self.tasks.clear();
-        self.setup.arrivals.refuse();
-        // Of a machine that was never settled, or that was.
-        if let Some(running) = self.running.take() {
-            running.kill().await;
-        }
         let view = self.setup.board.view();
-        if let Some(machine) = &self.machine {
+        if let Some(machine) = self.machine.clone() {
+            self.requests = None;
+            self.tasks.clear();
+            self.setup.arrivals.refuse();
             machine
                 .departed(&self.setup.host, view.id, view.peer.clone())
                 .await;
-        } else if let Some(landing) = &self.landing {
-            let plan = landing.plan();
-            let state = Ownership::Departed {
-                migration: view.id,
-                to: view.peer.clone(),
-            };
-            for disk in &plan.spec.disks {
-                set_volume(
-                    &self.setup.host,
-                    &disk.volume,
-                    self.switch.epoch(),
-                    state.clone(),
-                );
-            }
+            self.ram = None;
+            self.landing = None;
+            self.setup.arrivals.set_disks(Vec::new());
+        } else {
+            self.clean_up().await;
         }
-        self.ram = None;
-        self.landing = None;
-        self.setup.arrivals.set_disks(Vec::new());
         self.setup.board.tell(format!(
             "{} took the machine back: its guest was ended here, and what it did since the switchover is given up",
             view.peer
@@ -753,6 +773,14 @@ impl Incoming {
         crate::machines::save(&self.setup.host, &standing);
         nothing_left
     }
+}
+
+/// Whether this is the source's word that it takes the machine back.
+fn wants_back(event: &LinkEvent, epoch: Epoch) -> bool {
+    let LinkEvent::Heard(message) = event else {
+        return false;
+    };
+    matches!(&**message, Message::Own { say: Say::GiveBack { epoch: of }, .. } if *of == epoch)
 }
 
 /// Waits a little for a process that may be on its way out: one that is killed closes its sockets first.
