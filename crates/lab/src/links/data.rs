@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-/// What [`write`] knows.
+/// What [`write()`] knows.
 pub const KINDS: [&str; 4] = ["noise", "programs", "text", "mixed"];
 
 /// Writes so many bytes of a kind of data; what this machine has of it is repeated if need be.

@@ -117,6 +117,9 @@ impl Rig {
             "postcopy",
             "--compress",
             compress,
+            // What is measured is the link.
+            "--guest-latency",
+            "off",
             "--bandwidth",
             bandwidth,
             "--detach",
