@@ -1,6 +1,6 @@
 //! A set of units of one space, as a bitmap of which only what is mixed is stored.
 //!
-//! The bits lie in chunks of [`CHUNK`] units. A chunk that is all absent or all present has no words, so a
+//! The bits lie in chunks of `CHUNK` units. A chunk that is all absent or all present has no words, so a
 //! set that is empty, full or made of long runs takes 192 KiB per TiB, and one bit per unit (32 MiB
 //! per TiB) only where members and others alternate. The number of members is kept beside it, so that "how
 //! much is left" costs nothing.

@@ -30,7 +30,7 @@ struct Inner {
     /// Stored, and not being written out yet.
     waiting: Vec<Extent>,
     bytes: u64,
-    /// When the first of those came.
+    /// When the first of those came; or, before the disk is bothered, nothing: gathering is no delay of its.
     since: Option<Instant>,
     /// When the first came of those that are being written out.
     at_work: Option<Instant>,
@@ -63,7 +63,9 @@ impl Behind {
     pub fn wrote(self: &Arc<Self>, units: Extent) {
         let mut inner = self.inner();
         inner.bytes += units.byte_len();
-        inner.since.get_or_insert_with(Instant::now);
+        if inner.at_work.is_some() || inner.bytes >= GATHER {
+            inner.since.get_or_insert_with(Instant::now);
+        }
         match inner.waiting.last_mut() {
             Some(last) if last.end() == units.start => last.len += units.len,
             _ => inner.waiting.push(units),

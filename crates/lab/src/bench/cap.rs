@@ -17,6 +17,7 @@ use whimbrel_lab::net::{Host, LabSpec};
 use whimbrel_lab::pair::answers::{MigrationView, Phase, SpaceKind};
 use whimbrel_lab::pair::{Guest, GuestSpec, Pair, PairError, PairSpec};
 use whimbrel_lab::wan::{Direction, LineSpec, Wan, WanSpec};
+use whimbrel_workload::params::Pace;
 
 const NAME: &str = "cap";
 const MORE: &str = "more";
@@ -114,6 +115,8 @@ pub fn run(args: &CapArgs) -> ExitCode {
 fn play(args: &CapArgs, screen: &mut Screen) -> Result<Vec<Row>, PairError> {
     let mut spec = GuestSpec::small(NAME);
     spec.more_volumes = vec![MORE.to_owned()];
+    // What a guest demands is never held back, so it must be less than the lowest cap.
+    spec.params.read.pace = Pace::PerSecond(64);
     screen.while_doing("the guest is built", || spec.build())?;
     let line = LineSpec::new(LINK, ONE_WAY);
     let pair = Pair::start(&PairSpec::new(LabSpec::new(WanSpec::symmetric(line))))?;
