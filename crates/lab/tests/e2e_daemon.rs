@@ -176,7 +176,6 @@ fn daemons_without_root_serve_disks_and_move_a_machine() {
         let view = view.expect("the move is told of");
         if let Some(report) = view.report {
             assert!(report.verified, "{report:?}");
-            assert_eq!(report.units_outdated, 0);
             break;
         }
         assert!(Instant::now() < deadline, "{view:?}");
