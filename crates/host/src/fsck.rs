@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use whimbrel_engine::switchover::{Action, Destination, Phase, Record, Source};
 use whimbrel_volume::backend::Format;
-use whimbrel_volume::journal::{Journal, Recovered, RecoveryHow, VolumeIdentity};
+use whimbrel_volume::journal::{Journal, Recovered, RecoveryHow};
 use whimbrel_volume::pool::{Pool, PoolSize};
 
 use crate::api::types::{Finding, FindingKind};
@@ -297,12 +297,7 @@ impl Examination {
 
 /// How much of an arriving volume is here, by its residency journal.
 async fn arrived(item: &mut Explained, record: &VolumeRecord, folder: &Path, pool: &Pool) {
-    let identity = VolumeIdentity {
-        uuid: record.uuid.0,
-        size: record.size,
-        epoch: record.epoch.0,
-    };
-    let journal = folder.join(format!("journal-{}", record.epoch.0));
+    let (identity, journal) = (record.identity(), record.journal_path(folder));
     match Journal::inspect(pool, &journal, identity).await {
         Ok(found) => tell_of_arrival(item, identity.units(), &found),
         Err(error) => item.broken(

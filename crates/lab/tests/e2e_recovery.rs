@@ -255,7 +255,7 @@ const MOMENTS: [u64; 13] = [
 ];
 
 #[test]
-#[ignore = "takes minutes"]
+#[ignore = "may meet a known fault, see docs/limits.md: a daemon killed right after its guest began"]
 fn destination_daemon_killed_around_the_switchover_many_times() {
     if !can_run() {
         return;
@@ -264,7 +264,6 @@ fn destination_daemon_killed_around_the_switchover_many_times() {
 }
 
 #[test]
-#[ignore = "takes minutes, and fails: QEMU does not resume a guest whose daemon dies between its stop and its device state"]
 fn source_daemon_killed_around_the_switchover_many_times() {
     if !can_run() {
         return;

@@ -580,13 +580,18 @@ impl World {
         self.disk_progress();
     }
 
-    fn clean_up(&mut self) {
+    /// What still comes goes nowhere.
+    fn stop_taking(&mut self) {
         self.drop_destination_tasks();
         self.dst.daemon.refused = true;
         self.dst.daemon.disk_gate = true;
         self.dst.daemon.ram_gate = true;
         self.dst.daemon.disks.clear();
         self.dst.daemon.ram = None;
+    }
+
+    fn clean_up(&mut self) {
+        self.stop_taking();
         self.undo_landing();
         self.gates_changed();
     }
@@ -594,12 +599,7 @@ impl World {
     /// The machine is the source's again. What its guest wrote here is left alone.
     fn end_guest(&mut self) {
         self.coverage.deed("the destination gave the machine back");
-        self.drop_destination_tasks();
-        self.dst.daemon.refused = true;
-        self.dst.daemon.disk_gate = true;
-        self.dst.daemon.ram_gate = true;
-        self.dst.daemon.disks.clear();
-        self.dst.daemon.ram = None;
+        self.stop_taking();
         if self.guest.at == Some(Side::Destination) {
             self.guest_dies(false);
         }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::{Backend, Format};
-use whimbrel_volume::journal::{Journal, Recovered, VolumeIdentity};
+use whimbrel_volume::journal::{Journal, Recovered};
 use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 
@@ -217,7 +217,7 @@ impl Plan {
             let file = open_data(host, &record).await?;
             let folder = journal_folder(host, &record);
             let (journal, recovered) =
-                Journal::open(&host.pool, &folder, identity(&record), file.clone()).await?;
+                Journal::open(&host.pool, &folder, record.identity(), file.clone()).await?;
             volumes.push(ReopenedVolume {
                 record,
                 file,
@@ -412,17 +412,7 @@ fn check_room(
 }
 
 fn journal_folder(host: &Host, record: &VolumeRecord) -> PathBuf {
-    host.state
-        .volume_folder(&record.name)
-        .join(format!("journal-{}", record.epoch.0))
-}
-
-fn identity(record: &VolumeRecord) -> VolumeIdentity {
-    VolumeIdentity {
-        uuid: record.uuid.0,
-        size: record.size,
-        epoch: record.epoch.0,
-    }
+    record.journal_path(&host.state.volume_folder(&record.name))
 }
 
 async fn land(host: &Host, volume: &ArrivingVolume) -> Result<LandedVolume, LandingError> {
@@ -449,7 +439,7 @@ async fn land(host: &Host, volume: &ArrivingVolume) -> Result<LandedVolume, Land
     let file = Arc::new(file);
     let folder = journal_folder(host, &record);
     Journal::remove(&host.pool, &folder).await?;
-    let journal = Journal::create(&host.pool, &folder, identity(&record), file.clone()).await?;
+    let journal = Journal::create(&host.pool, &folder, record.identity(), file.clone()).await?;
     Ok(LandedVolume {
         record,
         file,

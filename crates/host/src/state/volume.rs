@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use whimbrel_engine::switchover::Epoch;
 use whimbrel_peer::trust::PeerName;
 use whimbrel_volume::backend::Format;
+use whimbrel_volume::journal::VolumeIdentity;
 
 /// Who owns a volume's or a machine's content, as far as this host knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +155,20 @@ impl VolumeRecord {
     /// The data file, `folder` being the volume's folder.
     pub fn data_path(&self, folder: &Path) -> PathBuf {
         folder.join(&self.data)
+    }
+
+    /// Where the journal of its arrival under this epoch lies, `folder` being the volume's folder.
+    pub fn journal_path(&self, folder: &Path) -> PathBuf {
+        folder.join(format!("journal-{}", self.epoch.0))
+    }
+
+    /// As that journal knows it.
+    pub fn identity(&self) -> VolumeIdentity {
+        VolumeIdentity {
+            uuid: self.uuid.0,
+            size: self.size,
+            epoch: self.epoch.0,
+        }
     }
 
     /// What the types alone cannot rule out.

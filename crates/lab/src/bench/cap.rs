@@ -4,7 +4,6 @@
 //! what counts is what the source's host puts on the link, in IP packets, as the emulator sees them. Push does not
 //! yield to the guest here (`--guest-latency off`): that would be less than the cap, and not the cap's doing.
 
-use crate::demo::write_json;
 use crate::screen::Screen;
 use clap::Args;
 use serde::Serialize;
@@ -103,13 +102,7 @@ pub fn run(args: &CapArgs) -> ExitCode {
     for row in &rows {
         screen.put(&row.text());
     }
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &rows)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    super::ended(&mut screen, &args.json, &rows, true)
 }
 
 fn play(args: &CapArgs, screen: &mut Screen) -> Result<Vec<Row>, PairError> {

@@ -1,6 +1,5 @@
 //! `bench chaos`: each process of a move killed, and the link cut, in each phase; every cell of the crash table.
 
-use crate::demo::write_json;
 use crate::screen::Screen;
 use clap::Args;
 use std::path::PathBuf;
@@ -77,17 +76,7 @@ pub fn run(args: &ChaosArgs) -> ExitCode {
             screen.put(&format!("  PROBLEM {problem}"));
         }
     }
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &reports)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    if passed {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    super::ended(&mut screen, &args.json, &reports, passed)
 }
 
 fn list(screen: &mut Screen) {

@@ -3,7 +3,6 @@
 //! Real moves of a machine that does nothing; its disk holds the data. What is compared is the drain, from the
 //! guest's start at the destination until all of the disk is there and compared: what a user waits for.
 
-use crate::demo::write_json;
 use crate::screen::Screen;
 use clap::Args;
 use serde::Serialize;
@@ -78,6 +77,10 @@ impl Row {
         Some(self.median(AUTO)? / self.best()?.1 - 1.0)
     }
 
+    fn misses(&self) -> bool {
+        self.cost().is_some_and(|cost| cost > 0.05)
+    }
+
     fn text(&self) -> String {
         let shown = |s: Option<f64>| s.map_or("-".to_owned(), |s| format!("{s:.2}"));
         let fixed: Vec<_> = FIXED
@@ -85,11 +88,7 @@ impl Row {
             .map(|fixed| format!("{:>8}", shown(self.median(fixed))))
             .collect();
         let cost = self.cost();
-        let mark = if cost.is_some_and(|c| c > 0.05) {
-            "*"
-        } else {
-            " "
-        };
+        let mark = if self.misses() { "*" } else { " " };
         format!(
             "{:<9} {:>6} {:>5}  {} {:>8}  {:>7} {mark}  {:>9} {:>9} {:>9}  {}",
             self.data,
@@ -113,26 +112,14 @@ pub fn run(args: &CodecArgs) -> ExitCode {
         screen.put(&error.to_string());
         return ExitCode::FAILURE;
     }
-    let over = rows
-        .iter()
-        .filter(|row| row.cost().is_some_and(|c| c > 0.05));
+    let over = rows.iter().filter(|row| row.misses());
     screen.put(&format!(
         "{} rows, {} of them more than 5 % over the best fixed choice (marked *)",
         rows.len(),
         over.count()
     ));
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &rows)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    // Figures are told, not judged: only what kept one from being taken is a failure.
-    if rows.iter().all(|row| row.problems.is_empty()) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    let sound = rows.iter().all(|row| row.problems.is_empty());
+    super::ended(&mut screen, &args.json, &rows, sound)
 }
 
 fn compare(args: &CodecArgs, rows: &mut Vec<Row>, screen: &mut Screen) -> Result<(), PairError> {

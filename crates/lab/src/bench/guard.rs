@@ -5,7 +5,7 @@
 //! for the copy alike. Writes are held back where somebody waits for them, which is at a flush; what the page
 //! cache takes costs nothing until then, as on a real disk.
 
-use crate::demo::{shown, write_json};
+use crate::demo::shown;
 use crate::link::LinkArgs;
 use crate::screen::Screen;
 use clap::{Args, ValueEnum};
@@ -200,17 +200,8 @@ pub fn run(args: &GuardArgs) -> ExitCode {
             rows.push(row);
         }
     }
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &rows)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    if rows.iter().all(|row| row.problems.is_empty()) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    let sound = rows.iter().all(|row| row.problems.is_empty());
+    super::ended(&mut screen, &args.json, &rows, sound)
 }
 
 fn play(args: &GuardArgs, row: &mut Row, screen: &mut Screen) -> Result<(), PairError> {

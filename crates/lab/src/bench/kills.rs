@@ -1,6 +1,6 @@
 //! `bench kills`: daemons killed with SIGKILL under `fio --verify` while a volume is relocated.
 
-use crate::demo::{mib, write_json};
+use crate::demo::mib;
 use crate::screen::Screen;
 use clap::Args;
 use std::path::PathBuf;
@@ -38,17 +38,8 @@ pub fn run(args: &KillsArgs) -> ExitCode {
         }
     };
     screen.put(&table(&report));
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &report)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    if report.problems.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    let sound = report.problems.is_empty();
+    super::ended(&mut screen, &args.json, &report, sound)
 }
 
 fn table(report: &KillsReport) -> String {

@@ -9,7 +9,11 @@ mod link;
 mod nbd;
 mod soak;
 
+use crate::demo::write_json;
+use crate::screen::Screen;
 use clap::Subcommand;
+use serde::Serialize;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(Debug, Subcommand)]
@@ -48,5 +52,26 @@ impl Bench {
             Bench::Nbd(args) => nbd::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }
+    }
+}
+
+/// How a bench ends: its figures in a file if one was named. Figures are told, not judged: only what is wrong, or
+/// kept one from being taken, is a failure.
+fn ended(
+    screen: &mut Screen,
+    json: &Option<PathBuf>,
+    figures: &impl Serialize,
+    sound: bool,
+) -> ExitCode {
+    if let Some(path) = json
+        && let Err(error) = write_json(path, figures)
+    {
+        screen.put(&error.to_string());
+        return ExitCode::FAILURE;
+    }
+    if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }

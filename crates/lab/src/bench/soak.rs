@@ -3,7 +3,7 @@
 //! Most groups are one move. In every third the same running machine goes to the other host, back, and
 //! there again, without a restart. Everything is drawn from one seed, so that a group can be had again.
 
-use crate::demo::{mib, shown, write_json};
+use crate::demo::{mib, shown};
 use crate::link::LinkArgs;
 use crate::screen::Screen;
 use clap::Args;
@@ -207,17 +207,7 @@ pub fn run(args: &SoakArgs) -> ExitCode {
     }
     let wrong = rows.iter().filter(|row| !row.problems.is_empty()).count();
     screen.put(&summary(&rows, wrong));
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &rows)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    if wrong == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    super::ended(&mut screen, &args.json, &rows, wrong == 0)
 }
 
 fn summary(rows: &[Row], wrong: usize) -> String {

@@ -670,11 +670,16 @@ impl Incoming {
         }
     }
 
-    async fn clean_up(&mut self) {
+    /// What still comes goes nowhere.
+    fn stop_taking(&mut self) {
         self.requests = None;
         self.tasks.clear();
         self.setup.arrivals.refuse();
         self.setup.arrivals.set_disks(Vec::new());
+    }
+
+    async fn clean_up(&mut self) {
+        self.stop_taking();
         if let Some(running) = self.running.take() {
             running.kill().await;
         }
@@ -693,15 +698,12 @@ impl Incoming {
     async fn end_guest(&mut self) {
         let view = self.setup.board.view();
         if let Some(machine) = self.machine.clone() {
-            self.requests = None;
-            self.tasks.clear();
-            self.setup.arrivals.refuse();
+            self.stop_taking();
             machine
                 .departed(&self.setup.host, view.id, view.peer.clone())
                 .await;
             self.ram = None;
             self.landing = None;
-            self.setup.arrivals.set_disks(Vec::new());
         } else {
             self.clean_up().await;
         }

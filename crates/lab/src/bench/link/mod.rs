@@ -7,7 +7,6 @@
 mod direct;
 mod row;
 
-use crate::demo::write_json;
 use crate::screen::Screen;
 use clap::Args;
 use direct::Direct;
@@ -136,16 +135,5 @@ pub fn run(args: &LinkArgs) -> ExitCode {
         report.rows.len(),
         report.took_s
     ));
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &report)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    // Figures are told, not judged: only what kept one from being taken is a failure.
-    if sound {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    super::ended(&mut screen, &args.json, &report, sound)
 }

@@ -27,7 +27,6 @@ use whimbrel_lab::LabError;
 use whimbrel_volume::VolumeError;
 use whimbrel_workload::chance::Rng;
 
-use crate::demo::write_json;
 use crate::screen::Screen;
 use in_turn::Price;
 use load::{Cores, Load};
@@ -112,13 +111,7 @@ pub fn run(args: &NbdArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    if let Some(path) = &args.json
-        && let Err(error) = write_json(path, &outcome)
-    {
-        screen.put(&error.to_string());
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    super::ended(&mut screen, &args.json, &outcome, true)
 }
 
 fn measure(args: &NbdArgs, screen: &mut Screen) -> Result<Outcome, BenchError> {
