@@ -82,6 +82,10 @@ fn artifacts(
     cargo
         .args(["build", "--quiet", "--workspace"])
         .args(profile.args());
+    if profile == Profile::Dev {
+        // For the same reason: what tests depend on has its say in the choice of features.
+        cargo.arg("--tests");
+    }
     cargo.args(programs.iter().flat_map(|name| ["--bin", name]));
     process::run(&mut cargo)?;
     let mut variables = vec![

@@ -255,7 +255,6 @@ const MOMENTS: [u64; 13] = [
 ];
 
 #[test]
-#[ignore = "may meet a known fault, see docs/limits.md: a daemon killed right after its guest began"]
 fn destination_daemon_killed_around_the_switchover_many_times() {
     if !can_run() {
         return;

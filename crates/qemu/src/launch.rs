@@ -455,6 +455,20 @@ pub async fn probe(binary: &Path) -> Result<Probe> {
     Ok(Probe { version, machines })
 }
 
+/// The machine type (`pc-q35-10.0`) that a QEMU on this host was started with, off its command line: one that
+/// waits for a page or for its disks cannot be asked. `None` if there is no such process or it is no QEMU.
+pub fn launched_machine(pid: u32) -> Option<String> {
+    machine_of(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?)
+}
+
+fn machine_of(command_line: &[u8]) -> Option<String> {
+    let mut arguments = command_line.split(|&byte| byte == 0);
+    arguments.find(|argument| *argument == b"-machine")?;
+    let machine = std::str::from_utf8(arguments.next()?).ok()?;
+    let machine = machine.split(',').next().filter(|name| !name.is_empty());
+    machine.map(str::to_owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -487,6 +501,14 @@ mod tests {
         assert!(has("guest=a,,b"));
         assert!(has("socket,id=qmp0,path=/run/a,,b.sock,server=on,wait=off"));
         assert_eq!(args.last().expect("not empty"), "-S");
+    }
+
+    #[test]
+    fn the_machine_is_read_off_the_command_line() {
+        let line = b"qemu\0-name\0guest=m\0-machine\0pc-q35-10.0,usb=off\0-accel\0tcg\0";
+        assert_eq!(machine_of(line).as_deref(), Some("pc-q35-10.0"));
+        assert_eq!(machine_of(b"sleep\0100\0"), None);
+        assert_eq!(machine_of(b"qemu\0-machine\0"), None);
     }
 
     #[tokio::test]

@@ -22,7 +22,9 @@ use whimbrel_qemu::Error;
 use whimbrel_qemu::content::RamContent;
 use whimbrel_qemu::paused::PausedRam;
 use whimbrel_qemu::qmp::Qmp;
-use whimbrel_qemu::sink::{DestinationState, PostcopySink, Request, destination_state};
+use whimbrel_qemu::sink::{
+    DestinationState, PostcopySink, Request, destination_state, gave_up_loading,
+};
 use whimbrel_qemu::source::{RamSource, SourceEvent, SourceOptions, take_back};
 use whimbrel_qemu::store::UnitState;
 use whimbrel_qemu::stream::StreamLayout;
@@ -161,6 +163,10 @@ async fn switched(dir: &Path, to: &Guest, source: &RamSource) -> Feeder {
     }
 }
 
+fn words(log: &Path) -> String {
+    std::fs::read_to_string(log).unwrap_or_default()
+}
+
 fn count(sets: &[UnitSet]) -> u64 {
     sets.iter().map(UnitSet::len).sum()
 }
@@ -239,6 +245,8 @@ async fn a_feeder_dies_while_qemu_loads_its_devices() {
     let dir = tempdir();
     let from = booted(dir.path(), BUSY).await;
     for pages in [0, 20, 60, 150, 400] {
+        // Four QEMUs write to the same log, one after the other.
+        let logged = words(&dir.path().join("to.log")).len() as u64;
         let to = Guest::start(dir.path(), "to", BUSY, true).await;
         let mut happened = to.qmp.events();
         let (source, mut events) = source(&from, dir.path()).await;
@@ -260,16 +268,23 @@ async fn a_feeder_dies_while_qemu_loads_its_devices() {
             matches!(fresh, Ok(Ok(_))),
             recovered.as_ref().map(|(_, _, received)| count(received)),
         );
+        let log = dir.path().join("to.log");
+        eprintln!("{}", words(&log));
         match recovered {
             Ok(first) => {
+                assert!(!gave_up_loading(&log, logged).expect("the log"));
                 drop(first);
                 let (second, _) = Feeder::recover(&to, dir.path(), layout).await;
                 second.finish(&content).await;
                 to.ticks_past(before).await;
             }
             Err(Error::NotRecoverable {
-                state: DestinationState::Gone | DestinationState::LostLoading,
-            }) => assert!(!ran, "a guest that ran was lost"),
+                state: state @ (DestinationState::Gone | DestinationState::LostLoading),
+            }) => {
+                assert!(!ran, "a guest that ran was lost");
+                let proven = gave_up_loading(&log, logged).expect("the log");
+                assert_eq!(proven, state == DestinationState::Gone, "{}", words(&log));
+            }
             Err(other) => panic!("{other}"),
         }
         // The two share a disk: its lock is free once the other QEMU has died.

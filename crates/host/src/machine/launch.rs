@@ -1,6 +1,6 @@
 //! Starting a machine's QEMU, taking one over, and finding one again after a daemon's restart.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +59,11 @@ fn accel_and_cpu(spec: &MachineSpec) -> (Vec<String>, String) {
     (accel.iter().map(ToString::to_string).collect(), cpu)
 }
 
+/// What the machine's QEMUs write, one after the other.
+pub fn qemu_log(folder: &Path) -> PathBuf {
+    folder.join("qemu.log")
+}
+
 /// Starts a machine's QEMU in `folder`, its disks already opened.
 pub async fn start(
     config: &Config,
@@ -88,7 +93,7 @@ pub async fn start(
         &taps,
         incoming,
     );
-    let launched = launch.spawn(&folder.join("qemu.log"))?;
+    let launched = launch.spawn(&qemu_log(folder))?;
     let qmp = match launched.connect().await {
         Ok(qmp) => qmp,
         Err(error) => {

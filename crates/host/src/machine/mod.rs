@@ -17,7 +17,7 @@ use whimbrel_qemu::qmp::Qmp;
 use crate::disk::{Disk, MachineDisks};
 use crate::state::{MachineSpec, QemuProcess};
 
-pub use launch::{Adoption, Boot, adopt, drive_name, probe, reattach, start};
+pub use launch::{Adoption, Boot, adopt, drive_name, probe, qemu_log, reattach, start};
 pub use sockets::{disk_socket, qmp_socket, ram_in_socket, ram_out_socket};
 pub use tap::{Tap, TapError};
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use whimbrel_engine::switchover::Epoch;
+use whimbrel_qemu::sink::gave_up_loading;
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::{Backend, Format};
 use whimbrel_volume::journal::{Journal, Recovered};
@@ -17,6 +18,7 @@ use whimbrel_volume::raw::Access;
 use whimbrel_wire::message::{DiskOffer, Prepare};
 
 use crate::host::Host;
+use crate::machine::qemu_log;
 use crate::machines::{OpenDiskError, open_data};
 use crate::state::{
     DATA_FILE, MachineRuntime, MachineSpec, MigrationId, Name, Ownership, StateDir, StateError,
@@ -87,6 +89,9 @@ pub struct Plan {
     /// The machine left here earlier.
     returning: bool,
     volumes: Vec<ArrivingVolume>,
+    /// Bytes of QEMU's log that were there before: what follows is of the QEMU that waits for the machine.
+    #[serde(default)]
+    logged: Option<u64>,
 }
 
 /// A volume with its file and its journal.
@@ -151,10 +156,15 @@ impl Plan {
             .map(|offer| arriving(host, migration, &spec, prepare.epoch, offer))
             .collect::<Result<Vec<_>, _>>()?;
         check_room(host, &volumes, &prepare.disks)?;
+        let logged = match std::fs::metadata(qemu_log(&host.state.machine_folder(&spec.name))) {
+            Ok(log) => Some(log.len()),
+            Err(error) => (error.kind() == std::io::ErrorKind::NotFound).then_some(0),
+        };
         Ok(Plan {
             spec,
             returning,
             volumes,
+            logged,
         })
     }
 
@@ -209,6 +219,18 @@ impl Plan {
         })
     }
 
+    /// Whether the QEMU that waited for the machine, and is gone, wrote that it gave up before the guest ran.
+    pub fn proves_that_loading_failed(&self, host: &Host) -> bool {
+        let log = qemu_log(&host.state.machine_folder(&self.spec.name));
+        let proven = self.logged.map(|from| gave_up_loading(&log, from));
+        proven.is_some_and(|proven| {
+            proven.unwrap_or_else(|error| {
+                tracing::warn!(%error, "what QEMU wrote before it ended is not known");
+                false
+            })
+        })
+    }
+
     /// Opens what was made, with what has arrived of it.
     pub async fn reopen(&self, host: &Host) -> Result<Vec<ReopenedVolume>, LandingError> {
         let mut volumes = Vec::new();
@@ -226,6 +248,11 @@ impl Plan {
             });
         }
         Ok(volumes)
+    }
+
+    /// Whether nothing was known here of the machine before it came.
+    pub fn is_first_visit(&self) -> bool {
+        !self.returning
     }
 
     /// Takes back whatever of it was made.

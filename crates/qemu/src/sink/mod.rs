@@ -9,6 +9,7 @@
 //! Both speak over one unix socket through one task, in the order in which they were called; a call
 //! dropped while it waits for room has placed nothing, and one that returned will be written whole.
 
+mod last_words;
 mod line;
 mod postcopy;
 mod precopy;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+pub use last_words::gave_up_loading;
 pub use postcopy::{PostcopySink, Request};
 pub use precopy::PrecopySink;
 pub use state::{DestinationState, destination_state};

@@ -4,11 +4,12 @@
 //! become of the guest, and QEMU tells which: it never ran (the machine may still be refused, and is), it
 //! runs and lacks memory (its post-copy has paused, and is taken up on a new socket), or it runs and lacks
 //! none. If QEMU is gone, the guest ran if it was recorded as running or wrote to a disk; its memory is of
-//! no use then, and its disks go on arriving. If neither is known nobody but a person can tell, and the
-//! source is answered nothing.
+//! no use then, and its disks go on arriving. It never ran if QEMU's log ends with loading that failed. If
+//! neither is known nobody but a person can tell, and the source is answered nothing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::Pid;
 use tokio_util::task::AbortOnDropHandle;
@@ -16,7 +17,7 @@ use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::SpaceInfo;
 use whimbrel_engine::switchover::{Destination, DestinationEvent};
-use whimbrel_qemu::info::info;
+use whimbrel_qemu::launch::launched_machine;
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::sink::{DestinationState, PostcopySink, destination_state};
 use whimbrel_qemu::stream::StreamLayout;
@@ -24,15 +25,22 @@ use whimbrel_volume::VolumeError;
 use whimbrel_volume::journal::{Change, RecoveryHow};
 
 use super::Incoming;
-use crate::disk::{Disk, Filling, Mode, Soil};
+use crate::disk::{Filling, Mode, Soil};
 use crate::host::Host;
-use crate::machine::{MachineError, Running, qmp_socket, reattach};
+use crate::machine::{qmp_socket, reattach};
 use crate::machines::disk_of;
 use crate::migration::arrivals::{RamIn, RamSink};
 use crate::migration::landing::{Landing, Plan, ReopenedVolume};
 use crate::migration::record::read_layout;
 use crate::migration::spaces;
 use crate::state::{MachineSpec, Name, QemuProcess, Timestamp, start_ticks};
+
+/// Time the machine's QEMU gets for all it is asked: each question has its own, shorter bound. The daemon takes
+/// up one machine after the other before it serves anybody, so none may hold up all.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+const SILENT: &str =
+    "the machine's QEMU lives and does not answer; `whimbrel recover` says what may be done";
 
 const NO_LAYOUT: &str =
     "what the machine's memory looks like was not kept, so its post-copy cannot be gone on with";
@@ -56,7 +64,11 @@ impl Incoming {
         self.setup
             .board
             .tell("a restarted daemon goes on with the migration");
-        if let Err(why) = self.try_take_up(plan).await {
+        let done = match tokio::time::timeout(PATIENCE, self.try_take_up(plan)).await {
+            Ok(done) => done,
+            Err(_) => Err(SILENT.to_string()),
+        };
+        if let Err(why) = done {
             // Content that waits to be stored would hold up the word that asks for the machine back.
             self.setup.arrivals.refuse();
             self.trouble(why);
@@ -98,7 +110,8 @@ impl Incoming {
         let ran = runtime.process.is_some() || wrote;
         let running = match process {
             Some(process) => {
-                let running = answering(&host, &spec, &process, disks).await;
+                let folder = host.state.machine_folder(&spec.name);
+                let running = reattach(&folder, &spec, &process, disks).await;
                 Some(running.map_err(|e| format!("the machine's QEMU does not answer: {e}"))?)
             }
             None => None,
@@ -111,6 +124,16 @@ impl Incoming {
                     "the machine's process is gone, its memory with it; its disks go on arriving",
                 );
                 Guest::Whole
+            }
+            None if self
+                .landing
+                .as_ref()
+                .is_some_and(|l| l.plan().proves_that_loading_failed(&host)) =>
+            {
+                self.setup.board.tell(
+                    "the machine's process is gone; it wrote that its loading failed, so the guest never ran here",
+                );
+                Guest::NeverRan
             }
             None => {
                 // What comes all the same waits at a gate that nobody opens, instead of ending its connection.
@@ -249,8 +272,8 @@ pub(super) fn spaces_of(
         .collect()
 }
 
-/// The QEMU that an earlier daemon had started for a machine to arrive in. It is not asked anything: it may
-/// wait for its disks and answer nobody. So what type of machine it has is not known yet.
+/// The QEMU that an earlier daemon had started for a machine to arrive in. It is asked nothing: it may wait for
+/// its disks or for a page of its memory, and answer nobody. Its command line tells what has to be known.
 fn leftover_process(host: &Host, spec: &MachineSpec) -> Option<QemuProcess> {
     let process = leftovers(host, &spec.name).into_iter().next()?;
     let pid = u32::try_from(process.as_raw_nonzero().get()).ok()?;
@@ -258,25 +281,10 @@ fn leftover_process(host: &Host, spec: &MachineSpec) -> Option<QemuProcess> {
         pid,
         start_ticks: start_ticks(pid)?,
         qmp: qmp_socket(&host.state.machine_folder(&spec.name)),
-        machine_type: String::new(),
+        machine_type: launched_machine(pid)?,
         adopted: false,
         started: Timestamp::now(),
     })
-}
-
-/// The process with its disks served and its monitor taken up, and then asked for what is not known of it.
-async fn answering(
-    host: &Host,
-    spec: &MachineSpec,
-    process: &QemuProcess,
-    disks: Vec<Arc<Disk>>,
-) -> Result<Running, MachineError> {
-    let folder = host.state.machine_folder(&spec.name);
-    let mut running = reattach(&folder, spec, process, disks).await?;
-    if running.process.machine_type.is_empty() {
-        running.process.machine_type = info(&running.qmp).await?.machine_type;
-    }
-    Ok(running)
 }
 
 /// The QEMUs started for a machine to arrive in, by the monitor that they carry in their command line.

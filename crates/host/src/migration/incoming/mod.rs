@@ -689,6 +689,10 @@ impl Incoming {
             // Journals must be closed to be removed.
             drop(landing);
             plan.undo(&self.setup.host).await;
+            // A daemon that was restarted shows what it found arriving.
+            if plan.is_first_visit() {
+                self.setup.machines.remove(&plan.spec.name);
+            }
         }
         Plan::forget(&self.folder());
     }
