@@ -26,6 +26,8 @@ pub enum Fault {
     OldBitmapAfterReconnect,
     /// Units whose content is not there yet are pushed all the same.
     WithheldPushed,
+    /// After a reconnect a unit that was sent twice counts as held, whichever copy that is.
+    OldCopyTakenForNew,
     /// A restarted source forgets its grant.
     GrantForgotten,
     /// A restarted destination forgets its acceptance.
@@ -45,7 +47,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 18] = [
+    pub const ALL: [Fault; 19] = [
         Fault::ResidentBeforeData,
         Fault::LateCopyStored,
         Fault::PartialWriteForgotten,
@@ -56,6 +58,7 @@ impl Fault {
         Fault::TwoDrains,
         Fault::OldBitmapAfterReconnect,
         Fault::WithheldPushed,
+        Fault::OldCopyTakenForNew,
         Fault::GrantForgotten,
         Fault::AcceptanceForgotten,
         Fault::AcceptedEarly,

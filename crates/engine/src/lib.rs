@@ -33,6 +33,7 @@ macro_rules! faulty {
     };
 }
 
+pub mod ahead;
 pub mod codec;
 #[cfg(feature = "faults")]
 pub mod faults;
@@ -44,3 +45,4 @@ pub mod progress;
 pub mod set;
 pub mod space;
 pub mod switchover;
+pub mod write_heat;

@@ -17,6 +17,10 @@
 //! content is not readable yet (RAM pages that the stopped QEMU is still delivering). A demand for it waits
 //! here until [`Outflow::ready`].
 //!
+//! While a guest runs at the source its RAM changes after it was sent: a unit that is sent and offered once more
+//! is *old* at the peer. It is so until it was handed out again, and again if that got lost with a connection:
+//! what the peer says it holds does not tell which of two copies it holds.
+//!
 //! # What goes next
 //! Demands first, in the order they came. Then push: units near recent demands, then the units a policy
 //! [prefers](Outflow::prefer), then everything in ascending order, RAM spaces before disks, because a
@@ -82,7 +86,7 @@ pub struct Tally {
     pub sent: u64,
     /// Live units that the destination no longer wanted: its guest wrote or discarded them first.
     pub forgotten: u64,
-    /// Units handed out more than once, because a broken connection lost them.
+    /// Units handed out more than once: a broken connection lost them, or they had changed.
     pub sent_again: u64,
     /// Units sent ahead of the switchover whose content changed before it: sent in vain.
     pub outdated: u64,
@@ -93,6 +97,10 @@ struct SpaceOut {
     pending: UnitSet,
     withheld: UnitSet,
     sent: UnitSet,
+    /// Pending units of which the peer has, or may have, an older copy.
+    old: UnitSet,
+    /// Sent units that were old, and of which the older copy may still be what the peer has.
+    again: UnitSet,
     preferred: UnitSet,
     demanded: UnitSet,
     live: UnitSet,
@@ -140,6 +148,8 @@ impl Outflow {
             pending: none.clone(),
             withheld: none.clone(),
             sent: none.clone(),
+            old: none.clone(),
+            again: none.clone(),
             preferred: none.clone(),
             demanded: none.clone(),
             live: none.clone(),
@@ -172,6 +182,11 @@ impl Outflow {
     /// These units have content that the peer lacks, and it can be read now.
     pub fn offer(&mut self, space: SpaceId, units: Extent) {
         let s = self.at(space);
+        let sent: Vec<Extent> = s.sent.runs_within(units).collect();
+        for run in sent {
+            s.old.insert(run);
+            s.again.remove(run);
+        }
         s.live.insert(units);
         s.pending.insert(units);
         s.sent.remove(units);
@@ -187,6 +202,8 @@ impl Outflow {
     /// As [`offer`](Self::offer), for a whole set over the space.
     pub fn offer_set(&mut self, space: SpaceId, units: &UnitSet) {
         let s = self.at(space);
+        s.old.union_with(&s.sent.intersection(units));
+        s.again.subtract(units);
         s.live.union_with(units);
         s.pending.union_with(units);
         s.sent.subtract(units);
@@ -217,20 +234,22 @@ impl Outflow {
         }
     }
 
-    /// The content of these units has changed since they were offered. What was sent of them was sent in
-    /// vain: the answer, which the peer must be told. All of them are as if never offered. `units` must
-    /// have the space's capacity.
+    /// The content of these units has changed since they were offered, and the peer has all that was sent. Of
+    /// what it has, these and what is old were sent in vain: the answer, which the peer must be told. They and
+    /// all that is pending are as if never offered. `units` must have the space's capacity.
     pub fn outdate(&mut self, space: SpaceId, units: &UnitSet) -> UnitSet {
         let s = self.at(space);
         if faulty!(VainNotSentAgain) {
             return UnitSet::empty(units.capacity());
         }
-        let mut current = s.sent.clone();
-        current.subtract(units);
-        let mut vain = s.sent.clone();
-        vain.subtract(&current);
+        let mut vain = s.sent.intersection(units);
+        vain.union_with(&s.old);
         s.outdated += vain.len();
         s.ever_sent.subtract(&vain);
+        let mut gone = s.pending.clone();
+        gone.union_with(units);
+        s.old = UnitSet::empty(units.capacity());
+        s.again = s.old.clone();
         for set in [
             &mut s.sent,
             &mut s.pending,
@@ -238,7 +257,7 @@ impl Outflow {
             &mut s.live,
             &mut s.demanded,
         ] {
-            set.subtract(units);
+            set.subtract(&gone);
         }
         vain
     }
@@ -246,6 +265,11 @@ impl Outflow {
     /// Units that were handed out and are with the peer or on their way to it.
     pub fn sent(&self, space: SpaceId) -> &UnitSet {
         &self.spaces[usize::from(space.0)].sent
+    }
+
+    /// Pending units of which the peer has, or may have, an older copy.
+    pub fn old(&self, space: SpaceId) -> &UnitSet {
+        &self.spaces[usize::from(space.0)].old
     }
 
     /// Whether a push would find something in this space.
@@ -374,6 +398,11 @@ impl Outflow {
             s.demanded.remove(run);
             s.preferred.remove(run);
             s.sent.insert(run);
+            let old: Vec<Extent> = s.old.runs_within(run).collect();
+            for run in old {
+                s.old.remove(run);
+                s.again.insert(run);
+            }
             s.sent_again += run.len - s.ever_sent.insert(run);
         }
         Batch { space, class, runs }
@@ -385,7 +414,15 @@ impl Outflow {
         for &run in &batch.runs {
             s.sent.remove(run);
             s.pending.insert(run);
-            s.ever_sent.remove(run);
+            let again: Vec<Extent> = s.again.runs_within(run).collect();
+            for part in again {
+                s.again.remove(part);
+                s.old.insert(part);
+                s.sent_again -= part.len;
+            }
+            for part in s.old.gaps_within(run).collect::<Vec<_>>() {
+                s.ever_sent.remove(part);
+            }
         }
         if batch.class == Class::Demand {
             for &run in &batch.runs {
@@ -423,8 +460,18 @@ impl Outflow {
     /// peer holds may be out of date, so what was pending stays so.
     pub fn peer_received(&mut self, space: SpaceId, held: &UnitSet) {
         let s = self.at(space);
+        // What went a second time may be what got lost, and what is held the older copy.
+        let unknown = if faulty!(OldCopyTakenForNew) {
+            UnitSet::empty(held.capacity())
+        } else {
+            s.sent.intersection(&s.again).intersection(held)
+        };
         let mut lost = s.sent.clone();
         lost.subtract(held);
+        lost.union_with(&unknown);
+        s.old = s.old.intersection(held);
+        s.old.union_with(&unknown);
+        s.again = UnitSet::empty(held.capacity());
         s.sent.subtract(&lost);
         s.pending.union_with(&lost);
     }

@@ -256,6 +256,15 @@ impl UnitSet {
         self.combine(other, false);
     }
 
+    /// The members that are in both, of sets of the same capacity.
+    pub fn intersection(&self, other: &UnitSet) -> UnitSet {
+        let mut only_here = self.clone();
+        only_here.subtract(other);
+        let mut both = self.clone();
+        both.subtract(&only_here);
+        both
+    }
+
     fn combine(&mut self, other: &UnitSet, present: bool) {
         assert_eq!(self.capacity, other.capacity, "sets of one space");
         self.members = 0;

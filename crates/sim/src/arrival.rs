@@ -16,6 +16,9 @@ use crate::world::World;
 /// Frames of one connection that are being stored at once; fewer than really, so that the bound is met.
 const STORING: usize = 6;
 
+/// In place of their number: one frame that nothing may be stored beside.
+const ALONE: usize = STORING + 1;
+
 /// A life of the session, at the destination.
 pub struct DestinationLife {
     pub id: LifeId,
@@ -263,16 +266,29 @@ impl World {
             let Some(storing) = life.storing.iter_mut().find(|s| s.0 == conn.lane) else {
                 return;
             };
-            if storing.1 == STORING {
+            if storing.1 >= STORING {
                 return;
             }
+            let is_idle = storing.1 == 0;
             let Some(message) = self.link.next_arrived(conn, Side::Destination) else {
                 return;
             };
             let Message::Units(units) = message else {
                 return self.broken("words", "a message on a push connection");
             };
-            storing.1 += 1;
+            // Pages of before the switch are stored in order, each of their frames alone.
+            let in_order = units.space == self.ram_space() && !self.dst.daemon.evicted;
+            if in_order && !is_idle {
+                return self
+                    .link
+                    .unread(conn, Side::Destination, Message::Units(units));
+            }
+            let Some(life) = self.dst.daemon.life.as_mut() else {
+                return;
+            };
+            if let Some(storing) = life.storing.iter_mut().find(|s| s.0 == conn.lane) {
+                storing.1 = if in_order { ALONE } else { storing.1 + 1 };
+            }
             self.take_frame(units, conn);
         }
     }
@@ -312,7 +328,10 @@ impl World {
             return self.destination_life_ended(conn.life);
         }
         if let Some(storing) = life.storing.iter_mut().find(|s| s.0 == conn.lane) {
-            storing.1 -= 1;
+            storing.1 = match storing.1 {
+                ALONE => 0,
+                several => several - 1,
+            };
         }
         self.dst.daemon.frames += 1;
         self.frames_stored();

@@ -62,6 +62,8 @@ pub struct Fill {
     pieces: Vec<Piece>,
     grant: Option<FillGrant>,
     conn: Option<ConnId>,
+    /// Pages that the guest does not run on yet, and which may be replaced.
+    again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,6 +315,7 @@ impl World {
             pieces,
             grant: None,
             conn,
+            again: space == self.ram_space() && !self.dst.daemon.evicted,
         });
     }
 
@@ -339,6 +342,13 @@ impl World {
                     .extend(&done.changes);
                 continue;
             }
+            if fill.again {
+                let content = content.clone();
+                self.replace(run, content);
+            }
+            let Some(target) = self.space_in(space) else {
+                break;
+            };
             match target.begin_fill(run) {
                 FillPlan::Go(grant) => {
                     if grant.late > 0 {
@@ -379,7 +389,9 @@ impl World {
         let is_ram = space == self.ram_space();
         let ok = is_ram || !self.fails(Side::Destination);
         let piece = fill.pieces.pop().expect("the piece that was granted");
-        self.store(space, &grant, &piece, if ok { 100 } else { 50 });
+        if !fill.again {
+            self.store(space, &grant, &piece, if ok { 100 } else { 50 });
+        }
         let now = self.now / 1_000;
         let Some(target) = self.space_in(space) else {
             return self.fill_ended(fill, true);
@@ -442,6 +454,23 @@ impl World {
             self.broken("placed once", format!("page {page} is placed twice"));
         }
         self.dst.qemu.wanted.remove(&page);
+    }
+
+    /// Gives pages to a QEMU that does not run yet, over what it may have of them.
+    fn replace(&mut self, run: Extent, content: Option<Vec<[u32; SECTORS as usize]>>) {
+        if self.dst.daemon.sated || self.dst.qemu.state == crate::destination::QemuState::Gone {
+            return;
+        }
+        if self.dst.qemu.state != crate::destination::QemuState::Waiting {
+            self.broken("placed once", format!("pages {run} may have run already"));
+        }
+        for unit in run.iter() {
+            let version = match &content {
+                Some(content) => content[(unit - run.start) as usize][0],
+                None => 0,
+            };
+            self.dst.qemu.placed[unit as usize] = Some(version);
+        }
     }
 
     fn pages_arrived(&mut self) {
@@ -565,7 +594,9 @@ impl World {
                     if let (Some(grant), Some(piece), true) =
                         (&fill.grant, fill.pieces.last(), percent > 0)
                     {
-                        self.store(fill.space, grant, piece, percent);
+                        if !fill.again {
+                            self.store(fill.space, grant, piece, percent);
+                        }
                     }
                 }
                 _ => {}

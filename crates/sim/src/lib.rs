@@ -20,7 +20,7 @@
 //!
 //! Checked at every step: at most one host runs the guest (I8), epochs only rise (I5), nobody writes to a frozen
 //! disk (I5), every read returns the guest's own last write (I1, I2, I7), after a power cut nothing older than an
-//! acknowledged flush (I4), no unit goes twice on one connection and no page is placed twice (I3), a demand goes
+//! acknowledged flush (I4), no unit whose content has stopped to change goes twice on one connection and no page is placed twice (I3), a demand goes
 //! before any push (I6). In the end: a fair run has ended, one side owns the machine, all content is there, and
 //! nothing is left half done that was not told to a person.
 //!

@@ -2,6 +2,7 @@
 //!
 //! After `crates/host/src/migration/outgoing/{ahead,stop}.rs` and `crates/qemu`'s source.
 
+use whimbrel_engine::ahead::{Ahead, Step};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::Extent;
 use whimbrel_engine::switchover::SourceEvent;
@@ -107,31 +108,6 @@ impl RamCopy {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Barrier {
-    Open,
-    Said,
-    Closed,
-}
-
-/// What went, or is to go, ahead.
-pub struct Ahead {
-    dirtied: UnitSet,
-    barrier: Barrier,
-}
-
-impl Ahead {
-    pub fn link_down(&mut self) {
-        self.barrier = Barrier::Open;
-    }
-
-    pub fn ram_taken(&mut self) {
-        if self.barrier == Barrier::Said {
-            self.barrier = Barrier::Closed;
-        }
-    }
-}
-
 /// Pages in one delivery of QEMU's.
 const DELIVERY: usize = 8;
 
@@ -231,17 +207,20 @@ impl World {
             .expect("copied since StartCopy");
         ram.stale = stale.clone();
         self.refresh_ahead();
-        let space = self.ram_space();
-        let Some(ahead) = &mut self.src.daemon.ahead else {
+        if self.src.daemon.ahead.is_none() {
             return;
-        };
-        ahead.dirtied.union_with(&stale);
-        let dirtied = ahead.dirtied.clone();
-        let vain = self.src.daemon.out.outdate(space, &dirtied);
+        }
+        let space = self.ram_space();
+        let vain = self.src.daemon.out.outdate(space, &stale);
         if !vain.is_empty() {
             self.coverage.deed("pages went ahead in vain");
         }
-        self.src.daemon.handed[usize::from(space.0)].subtract(&dirtied);
+        if self.src.daemon.out.tally(space).sent_again > 0 {
+            self.coverage.deed("pages went ahead twice");
+        }
+        let sent = self.src.daemon.out.sent(space);
+        let handed = &mut self.src.daemon.handed[usize::from(space.0)];
+        *handed = handed.intersection(sent);
         self.src.daemon.outdated = Some(vain);
     }
 
@@ -275,32 +254,39 @@ impl World {
         if !self.scenario.ahead {
             return true;
         }
+        let now = self.now / MS;
+        let space = self.ram_space();
         if self.src.daemon.ahead.is_none() {
             let ram = self.src.daemon.ram.as_mut().expect("collected");
             ram.take_dirtied();
             let held = ram.held();
-            let space = self.ram_space();
-            self.src.daemon.out.offer_set(space, &held);
-            self.src.daemon.ahead = Some(Ahead {
-                dirtied: UnitSet::empty(self.scenario.ram),
-                barrier: Barrier::Open,
-            });
+            let ahead = Ahead::begin(&mut self.src.daemon.out, [(space, held)], now);
+            self.src.daemon.ahead = Some(ahead);
             self.say_ahead();
             self.open_flow();
             return false;
         }
-        let rest = self.refresh_ahead();
-        let frames = self.src.daemon.frames;
-        let link_up = self.src.daemon.link_up;
-        let Some(ahead) = self.src.daemon.ahead.as_mut().filter(|_| !rest) else {
-            return false;
-        };
-        if ahead.barrier == Barrier::Open && link_up {
-            ahead.barrier = Barrier::Said;
-            self.source_says(Message::RamEnd { frames });
-            return false;
+        self.refresh_ahead();
+        let daemon = &mut self.src.daemon;
+        let (frames, link_up, is_held) = (daemon.frames, daemon.link_up, !daemon.may_switch);
+        let ahead = daemon.ahead.as_mut().expect("tested above");
+        // What goes twice must not overtake itself on another connection.
+        let again = self.scenario.pushes == 1;
+        let step = ahead.step(&mut daemon.out, now, is_held, again);
+        match step {
+            Step::Ends if link_up => {
+                ahead.end_said();
+                self.source_says(Message::RamEnd { frames });
+            }
+            Step::Begins if link_up => {
+                ahead.begin_said();
+                self.coverage.deed("more went ahead under a hold");
+                self.say_ahead();
+            }
+            Step::Going | Step::Waiting | Step::Ends | Step::Begins | Step::Closed => {}
         }
-        ahead.barrier == Barrier::Closed
+        self.wake_pushes();
+        step == Step::Closed
     }
 
     pub fn say_ahead(&mut self) {
@@ -309,18 +295,12 @@ impl World {
         }
     }
 
-    /// Keeps back what was written to since the last look; whether anything is left that may go.
-    fn refresh_ahead(&mut self) -> bool {
-        let space = self.ram_space();
+    /// Notes what was written to since the last look.
+    fn refresh_ahead(&mut self) {
         let daemon = &mut self.src.daemon;
-        let (Some(ram), Some(ahead)) = (&mut daemon.ram, &mut daemon.ahead) else {
-            return false;
-        };
-        ahead.dirtied.union_with(&ram.take_dirtied());
-        daemon.out.set_withheld(space, &ahead.dirtied);
-        let rest = daemon.out.has_pushable(space);
-        self.wake_pushes();
-        rest
+        if let (Some(ram), Some(ahead)) = (&mut daemon.ram, &mut daemon.ahead) {
+            ahead.written(&mut daemon.out, 0, &ram.take_dirtied());
+        }
     }
 
     /// Names to the destination what it must not keep.

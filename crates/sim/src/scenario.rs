@@ -172,13 +172,16 @@ impl Scenario {
                 delay,
                 jitter: rng.below(delay),
             },
-            pushes: rng.between(1, 2) as u8,
+            pushes: rng.pick(&[1, 1, 2]),
             frame_units: rng.scaled(1, 16),
             access: rng.scaled(20 * US, 8 * MS),
             durable: rng.scaled(100 * US, 20 * MS),
             early: rng.below(4),
             hold: if rng.percent(50) {
                 0
+            } else if rng.percent(20) {
+                // Long enough for pages to be cold that were hot.
+                rng.between(4 * SECOND, 12 * SECOND)
             } else {
                 rng.scaled(MS, 4 * SECOND)
             },
@@ -202,7 +205,29 @@ impl Scenario {
                 },
             });
         }
+        if rng.percent(12) {
+            scenario.hold_among_writes(&mut rng);
+        }
         scenario
+    }
+
+    /// Pages that are written to now and then while the operator holds the switch go ahead several times, some of
+    /// them while a connection breaks.
+    fn hold_among_writes(&mut self, rng: &mut Rng) {
+        self.ahead = true;
+        self.pushes = 1;
+        self.ram = rng.between(4, 24);
+        self.memory = 90;
+        self.writes = 90;
+        self.think = rng.scaled(50 * MS, 2 * SECOND);
+        self.hold = rng.between(6 * SECOND, 16 * SECOND);
+        self.path.delay = rng.between(20 * MS, 200 * MS);
+        for _ in 0..rng.below(4) {
+            self.mishaps.push(Planned {
+                when: When::Phase(Side::Source, Phase::Copy, rng.below(self.hold)),
+                what: Mishap::Cut,
+            });
+        }
     }
 
     fn when(&self, rng: &mut Rng) -> When {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use crate::destination::QemuState;
+use whimbrel_engine::ahead::Ahead;
 use whimbrel_engine::outflow::Outflow;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SECTOR, SpaceId, SpaceInfo, SpaceKind, UNIT};
@@ -12,7 +13,7 @@ use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, Sou
 use crate::faults::DriverFault;
 use crate::flow::SourceLife;
 use crate::link::{ConnId, LifeId, Side};
-use crate::memory::{Ahead, RamCopy, SourceQemu};
+use crate::memory::{RamCopy, SourceQemu};
 use crate::message::Message;
 use crate::rng::Rng;
 use crate::scenario::{MS, SECOND, Scenario};
@@ -449,7 +450,7 @@ impl World {
             Message::Own(say) => self.source_handle(SourceEvent::Heard(say)),
             Message::RamTaken => {
                 if let Some(ahead) = &mut self.src.daemon.ahead {
-                    ahead.ram_taken();
+                    ahead.taken();
                 }
             }
             other => self.broken("words", format!("{other:?} has no place at a source")),

@@ -62,13 +62,17 @@ pub const FEATURE_GIVE_BACK: u64 = 16;
 /// The peer says or hears [`Message::Backlog`].
 pub const FEATURE_BACKLOG: u64 = 32;
 
+/// The peer takes a second copy of a page that comes ahead of a switchover.
+pub const FEATURE_AHEAD_AGAIN: u64 = 128;
+
 /// The features of this version.
 pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_AHEAD
     | FEATURE_ZSTD
     | FEATURE_FELT
     | FEATURE_GIVE_BACK
-    | FEATURE_BACKLOG;
+    | FEATURE_BACKLOG
+    | FEATURE_AHEAD_AGAIN;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);

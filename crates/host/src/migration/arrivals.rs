@@ -163,15 +163,16 @@ impl RamIn {
         }
     }
 
-    /// `bytes` is `None` for zero pages. Must run to its end: units being filled belong to this call.
+    /// `bytes` is `None` for zero pages. A page that comes `again` is newer. Must run to its end: units being
+    /// filled belong to this call.
     async fn fill(
         &self,
         block: usize,
         extent: Extent,
         bytes: Option<Bytes>,
+        again: bool,
     ) -> Result<(), whimbrel_qemu::Error> {
-        if matches!(self.sink, RamSink::Precopy(_)) {
-            // A page may come again, newer: then it is placed again.
+        if again {
             self.place(block, extent, bytes.clone()).await?;
         }
         let grant = loop {
@@ -185,7 +186,7 @@ impl RamIn {
             let _ = wait.await;
         };
         let mut result = Ok(());
-        if matches!(self.sink, RamSink::Postcopy(_)) {
+        if !again {
             for run in &grant.store {
                 let part = bytes.as_ref().map(|bytes| {
                     let from = ((run.start - extent.start) * UNIT) as usize;
@@ -301,11 +302,19 @@ impl Arrivals {
         self.evicted.load(Ordering::Acquire)
     }
 
-    /// Whether frames of this space must be stored in the order in which they came.
+    /// Whether frames of this space must be stored in the order in which they came: pages may come again, newer.
     pub fn keeps_order(&self, space: SpaceId) -> bool {
-        self.ram().is_some_and(|ram| {
-            matches!(ram.sink, RamSink::Precopy(_)) && ram.block_of(space).is_some()
-        })
+        self.ram()
+            .is_some_and(|ram| self.comes_again(&ram) && ram.block_of(space).is_some())
+    }
+
+    /// Whether the guest does not run here yet, so that its pages may be replaced.
+    fn comes_again(&self, ram: &RamIn) -> bool {
+        match ram.sink {
+            RamSink::Precopy(_) => true,
+            RamSink::Postcopy(_) => !self.has_evicted(),
+            RamSink::Sated => false,
+        }
     }
 
     /// A life of the session begins: no frame of it was stored yet.
@@ -391,7 +400,9 @@ impl Arrivals {
             .block_of(space)
             .ok_or(ArrivalError::TooEarly { space })?;
         let _ = self.ram_gate.subscribe().wait_for(|&open| open).await;
-        Ok(Target::Ram(ram, block))
+        // What is let in before the switch is stored before it: the source waits for that.
+        let again = self.comes_again(&ram);
+        Ok(Target::Ram(ram, block, again))
     }
 
     /// What is held, by space, for a source that reconnects.
@@ -423,7 +434,8 @@ impl Arrivals {
 
 enum Target {
     Disk(Arc<Filling>),
-    Ram(Arc<RamIn>, usize),
+    /// With its block, and whether pages may come again.
+    Ram(Arc<RamIn>, usize, bool),
     /// The machine was refused.
     Nowhere,
 }
@@ -432,7 +444,7 @@ impl Target {
     fn check(&self, space: SpaceId, extent: Extent) -> Result<(), ArrivalError> {
         let units = match self {
             Target::Disk(disk) => disk.units(),
-            Target::Ram(ram, block) => ram.blocks().spaces[*block].info().units(),
+            Target::Ram(ram, block, _) => ram.blocks().spaces[*block].info().units(),
             Target::Nowhere => return Ok(()),
         };
         let fits = extent
@@ -459,8 +471,8 @@ impl Target {
                 None => disk.zeroes(extent).await,
             }
             .map_err(|source| ArrivalError::Disk { space, source }),
-            Target::Ram(ram, block) => ram
-                .fill(*block, extent, content)
+            Target::Ram(ram, block, again) => ram
+                .fill(*block, extent, content, *again)
                 .await
                 .map_err(|source| ArrivalError::Ram { space, source }),
             Target::Nowhere => Ok(()),

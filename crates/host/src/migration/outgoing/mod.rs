@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
+use whimbrel_engine::ahead::Ahead;
 use whimbrel_engine::space::SpaceId;
 use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, SourceEvent};
 use whimbrel_peer::pace::Pace;
@@ -32,7 +33,6 @@ use whimbrel_wire::message::{
     pack,
 };
 
-use self::ahead::Ahead;
 use super::board::Board;
 use super::departure::Departure;
 use super::easing::Easing;
@@ -388,7 +388,7 @@ impl Outgoing {
             Message::RamTaken => {
                 self.ram_taken = true;
                 if let Some(ahead) = &mut self.ahead {
-                    ahead.ram_taken();
+                    ahead.taken();
                 }
             }
             // From before the switch, with what is evicted by it.

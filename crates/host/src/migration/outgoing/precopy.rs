@@ -11,7 +11,7 @@ use super::Outgoing;
 use crate::migration::lane::LinkEvent;
 
 /// How long the stop may take, when the last pages must cross the link first.
-const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
 
 /// The guest is stopped when what is left would cross in this time...
 const REST: Duration = Duration::from_millis(300);
@@ -91,7 +91,7 @@ impl Outgoing {
     }
 
     /// Hears what the peer says while the guest is stopped, and gives up when that is wiser.
-    async fn step_of_stop(&mut self, until: tokio::time::Instant) -> Result<(), String> {
+    pub(super) async fn step_of_stop(&mut self, until: tokio::time::Instant) -> Result<(), String> {
         tokio::select! {
             event = self.setup.link.events.recv() => match event {
                 Some(LinkEvent::Heard(message)) if *message == Message::RamTaken => {

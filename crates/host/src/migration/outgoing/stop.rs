@@ -65,6 +65,10 @@ impl Outgoing {
                 return self.fail(ErrorCode::PeerUnreachable, what);
             }
         } else {
+            if let Err(what) = self.end_ahead_in_stop().await {
+                self.handover = Some(handover);
+                return self.fail(ErrorCode::PeerUnreachable, what);
+            }
             self.outdate_ahead(&handover);
             self.offer_ram(&handover, &early);
         }
