@@ -42,6 +42,7 @@ pub mod inflow;
 pub mod latency;
 pub mod outflow;
 pub mod progress;
+pub mod rounds;
 pub mod set;
 pub mod space;
 pub mod switchover;

@@ -35,6 +35,10 @@ impl WriteHeat {
         }
     }
 
+    pub fn units(&self) -> u64 {
+        self.fresh.capacity()
+    }
+
     /// These units, a set over the space, were written to.
     pub fn written(&mut self, units: &UnitSet) {
         self.fresh.union_with(units);

@@ -339,6 +339,7 @@ impl Daemon {
             disks: Vec::new(),
             ram: whimbrel_wire::message::RamMode::Postcopy,
             ahead: false,
+            ram_order: Default::default(),
             hold: false,
             ram_changes,
         };
@@ -461,6 +462,7 @@ impl Daemon {
                 disks,
                 ram: whimbrel_wire::message::RamMode::Postcopy,
                 ahead: false,
+                ram_order: Default::default(),
                 hold: false,
                 ram_changes,
             };

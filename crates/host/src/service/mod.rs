@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use whimbrel_engine::rounds::Choice;
 use whimbrel_engine::switchover::Phase;
 use whimbrel_peer::hello::{Class, SessionId};
 use whimbrel_peer::invitation::InvitationId;
@@ -540,6 +541,10 @@ impl Service for Daemon {
                 RamMode::Precopy => WireRam::Precopy,
             },
             ahead: matches!(request.ram, RamMode::Auto | RamMode::Hybrid),
+            ram_order: Choice {
+                reorder: true,
+                first_copies: false,
+            },
             hold: request.hold,
             ram_changes,
         });

@@ -5,6 +5,7 @@
 //! Records that describe the new state at leisure are written when the guest runs.
 
 mod again;
+mod ends;
 mod ready;
 
 pub use again::leftovers;
@@ -30,10 +31,10 @@ use super::arrival::Arrival;
 use super::arrivals::{Arrivals, RamIn, RamSink};
 use super::board::Board;
 use super::heat;
-use super::landing::{Landing, Plan};
+use super::landing::Landing;
 use super::lane::LinkEvent;
 use super::peeks::Peeks;
-use super::record::{MigrationJournal, mark_over};
+use super::record::MigrationJournal;
 use super::report;
 use super::spaces;
 use super::verify::{Answers, verify};
@@ -670,114 +671,9 @@ impl Incoming {
         }
     }
 
-    /// What still comes goes nowhere.
-    fn stop_taking(&mut self) {
-        self.requests = None;
-        self.tasks.clear();
-        self.setup.arrivals.refuse();
-        self.setup.arrivals.set_disks(Vec::new());
-    }
-
-    async fn clean_up(&mut self) {
-        self.stop_taking();
-        if let Some(running) = self.running.take() {
-            running.kill().await;
-        }
-        self.ram = None;
-        if let Some(landing) = self.landing.take() {
-            let plan = landing.plan().clone();
-            // Journals must be closed to be removed.
-            drop(landing);
-            plan.undo(&self.setup.host).await;
-            // A daemon that was restarted shows what it found arriving.
-            if plan.is_first_visit() {
-                self.setup.machines.remove(&plan.spec.name);
-            }
-        }
-        Plan::forget(&self.folder());
-    }
-
-    /// The machine is the source's again. What its guest wrote here is left alone, and belongs to nobody; of a
-    /// guest that never came to run nothing is.
-    async fn end_guest(&mut self) {
-        let view = self.setup.board.view();
-        if let Some(machine) = self.machine.clone() {
-            self.stop_taking();
-            machine
-                .departed(&self.setup.host, view.id, view.peer.clone())
-                .await;
-            self.ram = None;
-            self.landing = None;
-        } else {
-            self.clean_up().await;
-        }
-        self.setup.board.tell(format!(
-            "{} took the machine back: its guest was ended here, and what it did since the switchover is given up",
-            view.peer
-        ));
-    }
-
-    async fn finish(&mut self, phase: Phase) {
-        self.over = Some(phase);
-        if phase == Phase::Complete {
-            self.sample().await;
-            if self.complete().await {
-                mark_over(&self.folder());
-            }
-            self.setup.board.end(phase, MigrationState::Completed);
-            return;
-        }
-        mark_over(&self.folder());
-        if phase == Phase::Rewind {
-            self.setup.board.end(phase, MigrationState::Cancelled);
-            return;
-        }
-        if let Some(why) = self.refusal.clone() {
-            self.setup.board.update(|view| {
-                view.error = Some(
-                    ApiError::new(ErrorCode::MigrationFailed, why)
-                        .machine_state("the machine is at its source; nothing of it is left here"),
-                );
-            });
-        }
-        self.setup.board.end(phase, MigrationState::Cancelled);
-    }
-
     fn folder(&self) -> std::path::PathBuf {
         let host = &self.setup.host;
         host.state.migration_folder(&self.setup.migration)
-    }
-
-    /// Whether nothing is left to do.
-    async fn complete(&mut self) -> bool {
-        self.tasks.clear();
-        let Some(machine) = self.machine.clone() else {
-            return true;
-        };
-        for disk in self.setup.arrivals.disks() {
-            if let Err(error) = disk.retire().await {
-                self.trouble(format!("a disk's journal cannot be retired: {error}"));
-                return false;
-            }
-        }
-        let mut standing = machine.lock().await;
-        for disk in standing.running.iter().flat_map(|r| &r.disks) {
-            disk.set_mode(Mode::Open).await;
-        }
-        // The journals close with the last who knows of them; only then can their folders go.
-        self.setup.arrivals.set_disks(Vec::new());
-        let mut nothing_left = true;
-        if let Some(landing) = &self.landing
-            && let Err(error) = landing.plan().complete(&self.setup.host).await
-        {
-            self.setup
-                .board
-                .tell(format!("leftovers of the move remain: {error}"));
-            nothing_left = false;
-        }
-        standing.runtime.ownership = Ownership::Local;
-        crate::machines::save(&self.setup.host, &standing);
-        nothing_left
     }
 }
 

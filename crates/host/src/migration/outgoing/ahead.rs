@@ -154,7 +154,7 @@ impl Outgoing {
         }
     }
 
-    fn now_ms(&self) -> u64 {
+    pub(super) fn now_ms(&self) -> u64 {
         self.setup.board.clock().elapsed().as_millis() as u64
     }
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 use whimbrel_engine::ahead::Ahead;
+use whimbrel_engine::rounds::{Choice, Rounds};
 use whimbrel_engine::space::SpaceId;
 use whimbrel_engine::switchover::{Action, Epoch, Phase, Record, Say, Source, SourceEvent};
 use whimbrel_peer::pace::Pace;
@@ -99,6 +100,8 @@ pub struct Setup {
     pub ram: RamMode,
     /// With post-copy: what the guest only reads goes ahead of the switch.
     pub ahead: bool,
+    /// With pre-copy: in which order.
+    pub ram_order: Choice,
     pub hold: bool,
     pub ram_changes: watch::Sender<bool>,
 }
@@ -116,6 +119,7 @@ pub struct Outgoing {
     ram_mode: RamMode,
     layout_taken: bool,
     ahead: Option<Ahead>,
+    rounds: Option<Rounds>,
     /// The first full pass over RAM is in this daemon's memory.
     collected: bool,
     may_switch: bool,
@@ -162,6 +166,7 @@ impl Outgoing {
             ram_mode: RamMode::Postcopy,
             layout_taken: false,
             ahead: None,
+            rounds: None,
             collected: false,
             may_switch,
             link_up: false,
@@ -470,13 +475,13 @@ impl Outgoing {
             return;
         }
         let all_ahead = self.step_ahead().await;
+        let precopied = self.ram_mode == RamMode::Precopy && self.step_precopy();
         if !self.may_switch {
             self.setup.board.state(MigrationState::Held);
             return;
         }
         if self.ram_mode == RamMode::Precopy {
-            self.refresh_precopy();
-            if !self.precopy_may_stop() {
+            if !precopied {
                 return;
             }
         }

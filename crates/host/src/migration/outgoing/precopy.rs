@@ -1,8 +1,9 @@
-//! RAM by pre-copy, for destinations without userfaultfd: round after round while the guest runs, and the
-//! rest with the guest stopped, all of it before the grant.
+//! RAM by pre-copy, for destinations without userfaultfd: round after round while the guest runs, as [`Rounds`]
+//! decides, and the rest with the guest stopped, all of it before the grant.
 
 use std::time::{Duration, Instant};
 
+use whimbrel_engine::rounds::Rounds;
 use whimbrel_engine::space::UNIT;
 use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::Message;
@@ -22,25 +23,65 @@ pub const MOST: u64 = 3;
 impl Outgoing {
     pub(super) fn begin_precopy(&mut self) {
         let Some(ram) = &self.ram else { return };
+        let store = ram.store();
+        let mut blocks = Vec::new();
         for block in 0..ram.layout().blocks.len() {
-            ram.store().take_dirtied(block);
-            let zeros = ram.store().zeros(block);
+            store.take_dirtied(block);
             let space = self.ram_space(block);
-            self.setup.flow.push_zeroes(space, zeros.runs());
-            let held = ram.store().held(block);
-            self.setup.flow.change(|out| out.offer_set(space, &held));
+            self.setup
+                .flow
+                .push_zeroes(space, store.zeros(block).runs());
+            blocks.push((space, store.held(block)));
         }
+        let now = self.now_ms();
+        let rounds = self
+            .setup
+            .flow
+            .change(|out| Rounds::begin(out, blocks, now));
+        self.rounds = Some(rounds);
         self.setup.flow.open();
     }
 
-    /// Offers what QEMU sent again since the last look, or for the first time.
-    pub(super) fn refresh_precopy(&self) {
-        let Some(ram) = &self.ram else { return };
+    /// Notes what QEMU sent again since the last look, or for the first time.
+    fn refresh_precopy(&mut self) {
+        let (Some(ram), Some(rounds)) = (&self.ram, &mut self.rounds) else {
+            return;
+        };
         for block in 0..ram.layout().blocks.len() {
             let dirtied = ram.store().take_dirtied(block);
-            let space = self.ram_space(block);
-            self.setup.flow.change(|out| out.offer_set(space, &dirtied));
+            if !dirtied.is_empty() {
+                let flow = &self.setup.flow;
+                flow.change(|out| rounds.written(out, block, &dirtied));
+            }
         }
+    }
+
+    /// Lets the next pages go; whether the guest may stop as far as its memory goes.
+    pub(super) fn step_precopy(&mut self) -> bool {
+        self.refresh_precopy();
+        let now = self.now_ms();
+        let choice = self.setup.ram_order;
+        let Some(rounds) = &mut self.rounds else {
+            return false;
+        };
+        let flow = &self.setup.flow;
+        let rest = flow.change(|out| rounds.step(out, now, choice));
+        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
+        let sent: u64 = (0..blocks)
+            .map(|b| flow.sent(self.ram_space(b)).units * UNIT)
+            .sum();
+        let rate = self.board().view().rate / 8;
+        let bytes = rest.units * UNIT;
+        let soon = (rate as f64 * REST.as_secs_f64()) as u64;
+        let may_stop = bytes <= soon || rest.is_settled || sent > self.ram_sent_limit;
+        if may_stop && self.may_switch && bytes > soon {
+            let seconds = bytes as f64 / rate.max(1) as f64;
+            self.board().tell(format!(
+                "the guest writes to {} MiB all the time: they go while it stands still, about {seconds:.1} s",
+                bytes >> 20
+            ));
+        }
+        may_stop
     }
 
     fn ram_pending_bytes(&self) -> u64 {
@@ -49,16 +90,6 @@ impl Outgoing {
             .map(|b| self.setup.flow.tally(self.ram_space(b)).pending)
             .sum::<u64>()
             * UNIT
-    }
-
-    pub(super) fn precopy_may_stop(&self) -> bool {
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        let sent: u64 = (0..blocks)
-            .map(|b| self.setup.flow.sent(self.ram_space(b)).units * UNIT)
-            .sum();
-        let rate = self.board().view().rate / 8;
-        let rest = self.ram_pending_bytes();
-        rest <= (rate as f64 * REST.as_secs_f64()) as u64 || sent > self.ram_sent_limit
     }
 
     /// With the guest stopped: the last pages cross, and the destination says that it has them all.
@@ -74,6 +105,9 @@ impl Outgoing {
                 debug_assert!(ram.store().stale(block).is_empty());
                 self.setup.flow.change(|out| out.offer_set(space, stale));
             }
+        }
+        if let Some(rounds) = &self.rounds {
+            self.setup.flow.change(|out| rounds.end(out));
         }
         let frames = loop {
             let all_handed_out =

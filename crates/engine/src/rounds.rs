@@ -1,0 +1,206 @@
+//! RAM by pre-copy: which pages go while the guest runs, and when it is time to stop.
+//!
+//! # The idea
+//! Everything goes once, and what was written to since goes again. Sent in the order of addresses, a page that
+//! is written to all the time goes in every round and in vain each time but the last. So colder pages go first,
+//! by [`WriteHeat`], and those in the write working set are held and go once, with the guest stopped (Svärd et
+//! al., dynamic page transfer reordering). If a later copy is cheap because an earlier one is there (deltas),
+//! hot pages go a first time while the guest runs.
+//!
+//! # Why it ends
+//! When nothing but hot pages was left for [`SETTLED`] epochs and they became no fewer, they will not: what is
+//! left is what the stop will cost, whenever it is made.
+
+use crate::outflow::Outflow;
+use crate::set::UnitSet;
+use crate::space::SpaceId;
+use crate::write_heat::WriteHeat;
+
+/// Milliseconds of an epoch.
+pub const EPOCH: u64 = 500;
+
+/// Heat up to which a page goes, colder ones first. Above the last are those written in two epochs of three.
+const LEVELS: [u8; 4] = [0, 8, 32, 100];
+
+/// Epochs after which what is left is what will be left.
+const SETTLED: u32 = 4;
+
+/// How the pages are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Colder pages first, hot ones held; else all in the order of addresses.
+    pub reorder: bool,
+    /// Hot pages of which the peer has no copy at all go as well.
+    pub first_copies: bool,
+}
+
+/// What is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// Pending units, those that are held included.
+    pub units: u64,
+    /// It will not become less.
+    pub is_settled: bool,
+}
+
+/// The rounds of one move.
+#[derive(Clone, Debug)]
+pub struct Rounds {
+    blocks: Vec<(SpaceId, WriteHeat)>,
+    epoch_ends: u64,
+    /// Fewest units left since only hot ones were, and epochs since they were fewer by a tenth.
+    least: u64,
+    unchanged: u32,
+}
+
+impl Rounds {
+    /// `held` is what each block has content in; all of it is offered.
+    pub fn begin(
+        out: &mut Outflow,
+        held: impl IntoIterator<Item = (SpaceId, UnitSet)>,
+        now_ms: u64,
+    ) -> Self {
+        let blocks = held.into_iter().map(|(space, held)| {
+            out.offer_set(space, &held);
+            (space, WriteHeat::new(held.capacity()))
+        });
+        Rounds {
+            blocks: blocks.collect(),
+            epoch_ends: now_ms + EPOCH,
+            least: u64::MAX,
+            unchanged: 0,
+        }
+    }
+
+    /// These units of a block have other content than before.
+    pub fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
+        if let Some((space, heat)) = self.blocks.get_mut(block) {
+            heat.written(units);
+            out.offer_set(*space, units);
+        }
+    }
+
+    /// Decides what may go now.
+    pub fn step(&mut self, out: &mut Outflow, now_ms: u64, choice: Choice) -> Rest {
+        let epoch_is_over = now_ms >= self.epoch_ends;
+        if epoch_is_over {
+            self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
+            self.epoch_ends = now_ms + EPOCH;
+        }
+        let goes = !choice.reorder || self.let_go(out, choice.first_copies);
+        let units = self.units(out);
+        if goes {
+            self.least = u64::MAX;
+            self.unchanged = 0;
+        } else if units < self.least - self.least / 10 {
+            self.least = units;
+            self.unchanged = 0;
+        } else if epoch_is_over {
+            self.unchanged += 1;
+        }
+        Rest {
+            units,
+            is_settled: self.unchanged >= SETTLED,
+        }
+    }
+
+    /// Lets the coldest go that there are; whether there are any.
+    fn let_go(&self, out: &mut Outflow, first_copies: bool) -> bool {
+        let last = LEVELS.len() - 1;
+        LEVELS.into_iter().enumerate().any(|(at, level)| {
+            let mut rest = false;
+            for (space, heat) in &self.blocks {
+                let mut kept = heat.hotter_than(level);
+                if at == last && first_copies {
+                    kept = kept.intersection(out.old(*space));
+                }
+                out.set_withheld(*space, &kept);
+                rest |= out.has_pushable(*space);
+            }
+            rest
+        })
+    }
+
+    /// The guest has stopped: everything may go.
+    pub fn end(&self, out: &mut Outflow) {
+        for (space, heat) in &self.blocks {
+            out.set_withheld(*space, &UnitSet::empty(heat.units()));
+        }
+    }
+
+    fn units(&self, out: &Outflow) -> u64 {
+        let pending = self
+            .blocks
+            .iter()
+            .map(|(space, _)| out.tally(*space).pending);
+        pending.sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::space::{Extent, SpaceInfo, SpaceKind, UNIT};
+
+    const UNITS: u64 = 400;
+    const RAM: SpaceId = SpaceId(0);
+    const REORDER: Choice = Choice {
+        reorder: true,
+        first_copies: false,
+    };
+
+    fn begun() -> (Outflow, Rounds) {
+        let mut out = Outflow::new(vec![SpaceInfo {
+            id: RAM,
+            kind: SpaceKind::Ram,
+            name: "pc.ram".into(),
+            len: UNITS * UNIT,
+        }]);
+        let rounds = Rounds::begin(&mut out, [(RAM, UnitSet::full(UNITS))], 0);
+        (out, rounds)
+    }
+
+    fn set(start: u64, len: u64) -> UnitSet {
+        let mut set = UnitSet::empty(UNITS);
+        set.insert(Extent::new(start, len));
+        set
+    }
+
+    /// A guest that writes the same units in each epoch over a link of 40 units an epoch: units sent until it is
+    /// time to stop and after it.
+    fn moved(choice: Choice, most: u64) -> (u64, u64) {
+        let (mut out, mut rounds) = begun();
+        let (mut sent, mut now) = (0, 0);
+        while sent < most {
+            now += EPOCH;
+            rounds.written(&mut out, 0, &set(100, 60));
+            let rest = rounds.step(&mut out, now, choice);
+            if rest.is_settled || rest.units == 0 {
+                break;
+            }
+            for _ in 0..5 {
+                sent += out.next_push(8).map_or(0, |batch| batch.units());
+            }
+        }
+        rounds.end(&mut out);
+        let rest = std::iter::from_fn(|| out.next_push(64)).map(|batch| batch.units());
+        (sent, rest.sum())
+    }
+
+    #[test]
+    fn what_is_written_all_the_time_goes_once_and_in_the_stop() {
+        let (sent, rest) = moved(REORDER, 10 * UNITS);
+        assert_eq!((sent, rest), (UNITS - 60, 60));
+        let (sent, rest) = moved(Choice::default(), 3 * UNITS);
+        assert!(sent + rest >= 3 * UNITS, "{sent} {rest}");
+    }
+
+    #[test]
+    fn for_deltas_each_hot_page_goes_a_first_time() {
+        let choice = Choice {
+            first_copies: true,
+            ..REORDER
+        };
+        assert_eq!(moved(choice, 10 * UNITS), (UNITS, 60));
+    }
+}
