@@ -86,11 +86,12 @@ impl Ahead {
         }
     }
 
-    /// These units of a block have other content than before: what the destination has of them is old.
+    /// These units of a block have other content than before: what the destination has of them is old. They are
+    /// kept back until the next [`step`](Self::step), for the destination may let nothing in.
     pub fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
         if let Some((space, heat)) = self.blocks.get_mut(block) {
             heat.written(units);
-            out.offer_set(*space, units);
+            out.changed(*space, units);
         }
     }
 
@@ -245,6 +246,24 @@ mod tests {
         assert_eq!(push(&mut out), 0);
         assert!(out.outdate(RAM, &set(100, 20)).is_empty());
         assert_eq!(out.tally(RAM).live, UNITS - 20);
+    }
+
+    #[test]
+    fn nothing_goes_behind_the_barrier_whatever_is_written() {
+        let (mut out, mut ahead) = begun();
+        ahead.step(&mut out, 0, false, true);
+        push(&mut out);
+        assert_eq!(ahead.step(&mut out, 200, false, true), Step::Ends);
+        ahead.written(&mut out, 0, &set(0, 9));
+        assert_eq!(push(&mut out), 0);
+        ahead.end_said();
+        ahead.step(&mut out, 100 * EPOCH, false, true);
+        ahead.written(&mut out, 0, &set(50, 9));
+        assert_eq!(push(&mut out), 0);
+        ahead.taken();
+        ahead.step(&mut out, 200 * EPOCH, false, true);
+        ahead.written(&mut out, 0, &set(70, 9));
+        assert_eq!(push(&mut out), 0);
     }
 
     #[test]

@@ -210,6 +210,13 @@ impl Outflow {
         s.withheld.subtract(units);
     }
 
+    /// These units have other content than when they were offered, if they were: they are offered anew, and withheld
+    /// until somebody decides when they go.
+    pub fn changed(&mut self, space: SpaceId, units: &UnitSet) {
+        self.offer_set(space, units);
+        self.at(space).withheld.union_with(units);
+    }
+
     /// Exactly these of the pending units cannot be read yet; demands for others that waited are queued.
     pub fn set_withheld(&mut self, space: SpaceId, units: &UnitSet) {
         let s = self.at(space);

@@ -72,11 +72,11 @@ impl Rounds {
         }
     }
 
-    /// These units of a block have other content than before.
+    /// These units of a block have other content than before. They wait for the next [`step`](Self::step).
     pub fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
         if let Some((space, heat)) = self.blocks.get_mut(block) {
             heat.written(units);
-            out.offer_set(*space, units);
+            out.changed(*space, units);
         }
     }
 
@@ -87,7 +87,13 @@ impl Rounds {
             self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
             self.epoch_ends = now_ms + EPOCH;
         }
-        let goes = !choice.reorder || self.let_go(out, choice.first_copies);
+        let goes = match choice.reorder {
+            true => self.let_go(out, choice.first_copies),
+            false => {
+                self.end(out);
+                true
+            }
+        };
         let units = self.units(out);
         if goes {
             self.least = u64::MAX;
@@ -121,7 +127,7 @@ impl Rounds {
         })
     }
 
-    /// The guest has stopped: everything may go.
+    /// Everything may go: the guest has stopped.
     pub fn end(&self, out: &mut Outflow) {
         for (space, heat) in &self.blocks {
             out.set_withheld(*space, &UnitSet::empty(heat.units()));

@@ -191,7 +191,8 @@ proptest! {
                     let written = set_of(&[(a, n)]);
                     within(a, n).iter().for_each(|unit| here[unit as usize] += 1);
                     held.union_with(&written);
-                    out.offer_set(RAM, &written);
+                    out.changed(RAM, &written);
+                    prop_assert!(written.runs().all(|run| out.sent(RAM).runs_within(run).next().is_none()));
                     last = None;
                 }
                 Early::Hot(a, n) => out.set_withheld(RAM, &set_of(&[(a, n)])),

@@ -300,7 +300,6 @@ async fn control_in(
     // Frames are counted by lives, so a wait for them ends with this one.
     let mut waiting = JoinSet::new();
     loop {
-        while waiting.try_join_next().is_some() {}
         match hear(&mut receiver, &life.pulse).await? {
             Heard::Ping(payload) => {
                 // Full only if the peer pings faster than it reads answers.
@@ -324,7 +323,7 @@ async fn control_in(
             }
             // In order with each other, whatever the driver is busy with.
             Heard::Message(Message::Ahead) => life.arrivals.open_ram_ahead(),
-            Heard::Message(Message::RamEnd { frames }) if waiting.is_empty() => {
+            Heard::Message(Message::RamEnd { frames }) if is_over(&mut waiting) => {
                 let (arrivals, mouth) = (life.arrivals.clone(), life.mouth.clone());
                 waiting.spawn(async move {
                     arrivals.frames_stored(frames).await;
@@ -342,6 +341,12 @@ async fn control_in(
             }
         }
     }
+}
+
+/// Whether no barrier is waited for. The one before may have been passed just now.
+fn is_over(waiting: &mut JoinSet<()>) -> bool {
+    while waiting.try_join_next().is_some() {}
+    waiting.is_empty()
 }
 
 /// The result of a task that stores; one that was cancelled belongs to a life that is over.
