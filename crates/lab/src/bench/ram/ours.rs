@@ -163,18 +163,17 @@ fn settle(
     }
     let name = guest.name();
     let view = journey.view();
-    let moving = view.is_some_and(|view| view.state == MigrationState::Running);
-    if moving
-        && view.is_some_and(|view| view.phase >= Phase::Grant && view.phase <= Phase::Complete)
-    {
-        // The guest is there, parts of it are not: as much time again.
-        let ended = pair.on(Host::A).follow(&["watch", name])?.end(args.limit());
-        return Ok(ended
-            .is_ok_and(|ended| ended.completed())
-            .then_some(Host::B));
-    }
-    if moving {
-        pair.on(Host::A).run(&["cancel", name])?;
+    if view.is_some_and(|view| view.state == MigrationState::Running) {
+        match pair.on(Host::A).run(&["cancel", name]) {
+            Ok(_) => {}
+            // The guest is there, parts of it are not: as much time again.
+            Err(PairError::Refused(_)) => {
+                let watched = pair.on(Host::A).follow(&["watch", name])?.end(args.limit());
+                let there = watched.is_ok_and(|ended| ended.completed());
+                return Ok(there.then_some(Host::B));
+            }
+            Err(error) => return Err(error),
+        }
     }
     let deadline = Instant::now() + CANCEL_WITHIN;
     while Instant::now() < deadline {

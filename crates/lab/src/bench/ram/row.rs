@@ -89,6 +89,12 @@ impl Row {
         self.cpu_daemons_s + self.cpu_qemus_s
     }
 
+    /// What the guest wrote during the move, of what it wrote before in such a time.
+    fn work_share(&self) -> Option<f64> {
+        let before = self.pages_per_s_before;
+        (before > 0.0).then(|| self.pages_per_s_during / before)
+    }
+
     /// Not finishing is a result; only what is wrong, or kept a figure from being taken, is none.
     pub fn is_sound(&self) -> bool {
         self.problems.is_empty()
@@ -96,7 +102,8 @@ impl Row {
 
     pub fn measured(&mut self, seen: &Seen<'_>) {
         let before = rates::between(seen.reports, seen.quiet_from, seen.began);
-        let during = rates::between(seen.reports, seen.began, seen.ended);
+        // A guest that stands still reports nothing, and that counts.
+        let during = rates::lately(seen.reports, seen.began, seen.ended);
         self.pages_per_s_before = before.ram_pages;
         self.pages_per_s_during = during.ram_pages;
         self.cpu_daemons_s = seen.cpu.daemons;
@@ -128,7 +135,7 @@ impl Row {
     pub fn text(&self) -> String {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         format!(
-            "{:<20} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8.1} {:>7.1} {:>7.1} {:>6}  {}",
+            "{:<20} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8.1} {:>7.1} {:>5.1} + {:<5.1} {:>6} {:>5}  {}",
             self.mover,
             shown(self.total_s, "s", 1),
             shown(self.blackout_ms, "ms", 0),
@@ -137,9 +144,11 @@ impl Row {
             shown(self.brownout_s, "s", 1),
             mib(self.wan_bytes),
             mib(self.wan_bytes_back),
-            self.cpu_s(),
+            self.cpu_daemons_s,
+            self.cpu_qemus_s,
             self.passes
                 .map_or("-".to_owned(), |passes| format!("{passes:.2}")),
+            shown(self.work_share().map(|share| share * 100.0), "%", 0),
             self.state(),
         )
     }
@@ -160,7 +169,7 @@ impl Row {
     }
 }
 
-pub const HEAD: &str = "mover                    total  blackout  echo gap    stream  brownout  MiB out    back   CPU s passes  result";
+pub const HEAD: &str = "mover                    total  blackout  echo gap    stream  brownout  MiB out    back        CPU s passes  work  result";
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
