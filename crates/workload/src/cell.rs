@@ -1,6 +1,6 @@
 //! The cell: a stretch of bytes that says what it is and proves it.
 //!
-//! RAM pages, log records and random blocks are all cells, so that one check answers for all of them: a
+//! RAM pages, log records, random blocks and streamed chunks are all cells, so that one check answers for all of them: a
 //! cell that was lost, torn, misplaced or mixed from two generations does not open. That it is the
 //! *newest* generation only the reader can know.
 //!
@@ -22,6 +22,9 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 /// Bytes before the payload.
 pub const HEADER: usize = 40;
 
+/// Bytes of a chunk that the guest streams.
+pub const CHUNK: usize = 1024;
+
 const MAGIC: u64 = u64::from_le_bytes(*b"whimbre\0");
 
 /// What the cell is part of.
@@ -31,6 +34,8 @@ pub enum Kind {
     RamPage,
     LogRecord,
     RandomBlock,
+    /// A chunk of what the guest streams.
+    Chunk,
 }
 
 impl Kind {
@@ -39,6 +44,7 @@ impl Kind {
             Kind::RamPage => b'p',
             Kind::LogRecord => b'l',
             Kind::RandomBlock => b'r',
+            Kind::Chunk => b'c',
         };
         MAGIC | u64::from(tag) << 56
     }

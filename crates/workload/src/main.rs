@@ -13,6 +13,7 @@ mod gate;
 mod net;
 mod ram;
 mod reader;
+mod stream;
 
 use disk::{Log, Random};
 use gate::Shared;
@@ -77,6 +78,7 @@ enum Place {
 fn work(params: Params, place: Place) -> Result<u64, Error> {
     let echo = net::echo_socket(&params)?;
     let listener = control::listen(&params)?;
+    let stream = stream::listen(&params)?;
     let reporter = Arc::new(Reporter::new(&params).map_err(|source| Error::Listen {
         port: params.client_port,
         source,
@@ -125,8 +127,11 @@ fn work(params: Params, place: Place) -> Result<u64, Error> {
         workers.push(spawn(&shared, None, move |shared| reporter.run(&shared)));
     }
     workers.push(spawn(&shared, None, |shared| net::run_tick(&shared)));
-    // These two are not waited for: they sit in the kernel until the process ends.
+    // These are not waited for: they sit in the kernel until the process ends.
     spawn(&shared, None, move |shared| net::run_echo(&echo, &shared));
+    if let Some(listener) = stream {
+        spawn(&shared, None, move |shared| stream::run(&listener, &shared));
+    }
     {
         let reporter = Arc::clone(&reporter);
         spawn(&shared, None, move |shared| {

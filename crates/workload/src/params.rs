@@ -94,6 +94,10 @@ pub struct Params {
     pub echo_port: u16,
     /// TCP port of the control lines, in the guest.
     pub control_port: u16,
+    /// TCP port of the stream, in the guest; 0: none.
+    pub stream_port: u16,
+    /// Milliseconds from chunk to chunk of the stream.
+    pub stream_ms: u32,
     pub seed: u64,
     /// Milliseconds from report to report.
     pub interval_ms: u32,
@@ -169,6 +173,8 @@ impl Default for Params {
             client_port: 7777,
             echo_port: 7,
             control_port: 7008,
+            stream_port: 0,
+            stream_ms: 5,
             seed: 1,
             interval_ms: 1000,
             tick_ms: 20,
@@ -244,6 +250,8 @@ impl Params {
             "client.port" => self.client_port = number(key, value, "a port")?,
             "echo" => self.echo_port = number(key, value, "a port")?,
             "control" => self.control_port = number(key, value, "a port")?,
+            "stream" => self.stream_port = number(key, value, "a port")?,
+            "stream.ms" => self.stream_ms = at_least(1, key, value)?,
             "seed" => self.seed = number(key, value, "a number")?,
             "interval_ms" => self.interval_ms = at_least(1, key, value)?,
             "tick_ms" => self.tick_ms = at_least(0, key, value)?,
@@ -324,6 +332,8 @@ impl Params {
             ("client.port", self.client_port.to_string()),
             ("echo", self.echo_port.to_string()),
             ("control", self.control_port.to_string()),
+            ("stream", self.stream_port.to_string()),
+            ("stream.ms", self.stream_ms.to_string()),
             ("seed", self.seed.to_string()),
             ("interval_ms", self.interval_ms.to_string()),
             ("tick_ms", self.tick_ms.to_string()),
@@ -407,6 +417,7 @@ mod tests {
         params.ram.pace = Pace::Max;
         params.log.pace = Pace::PerSecond(7);
         params.random.direct = false;
+        params.stream_port = 7100;
         let cmdline = format!("console=ttyS0 quiet {} panic=-1", params.to_cmdline());
         assert_eq!(Params::parse(&cmdline).expect("own words"), params);
     }

@@ -7,6 +7,7 @@ mod guard;
 mod kills;
 mod link;
 mod nbd;
+mod ram;
 mod soak;
 
 use crate::demo::write_json;
@@ -34,6 +35,8 @@ pub enum Bench {
     Chaos(chaos::ChaosArgs),
     /// Whimbrel's NBD export beside qemu-nbd and nbdkit, on the same file
     Nbd(nbd::NbdArgs),
+    /// How RAM moves, by Whimbrel and by QEMU's own ways
+    Ram(ram::RamArgs),
     /// Serve one file as `bench nbd` wants it served
     #[command(hide = true)]
     NbdExport(nbd::ExportArgs),
@@ -50,6 +53,7 @@ impl Bench {
             Bench::Cap(args) => cap::run(args),
             Bench::Chaos(args) => chaos::run(args),
             Bench::Nbd(args) => nbd::run(args),
+            Bench::Ram(args) => ram::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }
     }

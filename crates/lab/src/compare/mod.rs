@@ -2,9 +2,9 @@
 //! an NBD server of the destination's QEMU, then memory by pre-copy, the mirror ended while the guest is
 //! stopped.
 
-mod machine;
+pub mod machine;
 mod mover;
-mod qmp;
+pub mod qmp;
 
 use crate::demo::Figures;
 use crate::link::LinkArgs;
