@@ -40,6 +40,42 @@ pub const SLOTS: u32 = 16_384;
 /// How often the hand passes a slot that was of use.
 const CREDIT: u8 = 2;
 
+/// What the operator wants: `on` or `off`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Memory that goes again may go as what changed of it.
+    #[default]
+    On,
+    Off,
+}
+
+/// What is no [`Policy`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is neither on nor off")]
+pub struct PolicyError(String);
+
+impl std::str::FromStr for Policy {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Policy, PolicyError> {
+        match text {
+            "on" => Ok(Policy::On),
+            "off" => Ok(Policy::Off),
+            _ => Err(PolicyError(text.to_string())),
+        }
+    }
+}
+
+impl std::fmt::Display for Policy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Policy::On => "on",
+            Policy::Off => "off",
+        })
+    }
+}
+
 /// What becomes of a unit's content that is about to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {

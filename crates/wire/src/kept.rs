@@ -171,6 +171,11 @@ impl Table {
         }
     }
 
+    /// Slots up to the last that was ever filled.
+    pub fn filled(&self) -> usize {
+        self.slots.len()
+    }
+
     /// Writes a unit, and keeps it as `place` says. The same units must be read at the other end, in this order.
     ///
     /// `prefixed` is asked whether to pack the unit with its old content where a delta does not do, and told
@@ -188,7 +193,7 @@ impl Table {
             Place::Keep(slot) => (Written::Whole, Some(slot)),
             Place::Against(slot) => {
                 let old = self
-                    .filled(slot, space, unit)
+                    .of_unit(slot, space, unit)
                     .expect("the sender says `against` only of what it had kept");
                 let page = &old.page;
                 let delta = |out: &mut Vec<u8>| diff(page, content, MOST_DELTA, out);
@@ -295,7 +300,7 @@ impl Table {
                 let len = usize::from(u16::from_le_bytes(*take(records)?));
                 let (change, rest) = records.split_at_checked(len).ok_or(KeptError::Truncated)?;
                 *records = rest;
-                let old = self.filled(slot, space, unit)?;
+                let old = self.of_unit(slot, space, unit)?;
                 if record == DELTA {
                     patch(&mut old.page, change)?;
                 } else {
@@ -330,7 +335,7 @@ impl Table {
         Ok(())
     }
 
-    fn filled(&mut self, slot: u16, space: SpaceId, unit: u64) -> Result<&mut Slot, KeptError> {
+    fn of_unit(&mut self, slot: u16, space: SpaceId, unit: u64) -> Result<&mut Slot, KeptError> {
         match self.slots.get_mut(usize::from(slot)) {
             Some(Some(held)) if (held.space, held.unit) == (space, unit) => Ok(held),
             Some(Some(_)) => Err(KeptError::OfAnother { slot, space, unit }),
