@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use whimbrel_host::api::{Compress, Format, ImageFormat, RamMode};
+use whimbrel_host::api::{Compress, Delta, Format, ImageFormat, RamMode};
 use whimbrel_host::state::{ByteSize, LatencyBound, Name, RateLimit};
 use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::key_id::KeyId;
@@ -434,6 +434,9 @@ pub struct Migrate {
     /// How content is written: auto (whatever delivers most at the moment), none, zstd or zstd:LEVEL
     #[arg(long, value_name = "CODEC", default_value = "auto")]
     pub compress: Compress,
+    /// Whether memory that goes again may go as what changed of it: on or off
+    #[arg(long, value_name = "SWITCH", default_value = "on")]
+    pub delta: Delta,
     /// Return at once instead of showing progress until it is over
     #[arg(long)]
     pub detach: bool,
@@ -531,13 +534,13 @@ mod tests {
             (m.bandwidth, m.hold, m.ram, m.detach),
             (RateLimit(None), false, RamArg::Auto, false)
         );
-        assert_eq!(m.compress, Compress::Auto);
+        assert_eq!((m.compress, m.delta), (Compress::Auto, Delta::On));
     }
 
     #[test]
     fn a_migration_can_be_told_everything() {
         let line = "migrate web1 --to b --bandwidth 80Mbit --guest-latency 20ms --hold --ram precopy \
-                    --compress zstd:6 --detach --json";
+                    --compress zstd:6 --delta off --detach --json";
         let cli = parse(line).unwrap();
         let Command::Migrate(m) = cli.command else {
             panic!()
@@ -546,7 +549,7 @@ mod tests {
         assert_eq!(m.guest_latency.unwrap().to_string(), "20ms");
         assert!(m.hold && m.detach && cli.global.json);
         assert_eq!(RamMode::from(m.ram), RamMode::Precopy);
-        assert_eq!(m.compress, Compress::Level(6));
+        assert_eq!((m.compress, m.delta), (Compress::Level(6), Delta::Off));
     }
 
     #[test]

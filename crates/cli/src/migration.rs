@@ -27,6 +27,7 @@ pub async fn migrate(context: &Context, command: Migrate) -> Result<(), CliError
         ram: command.ram.into(),
         guest_latency: command.guest_latency,
         compress: command.compress,
+        delta: command.delta,
     };
     let view: MigrationView = context.client.post("/v1/migrations", &request).await?;
     if command.detach {

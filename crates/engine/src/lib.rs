@@ -16,6 +16,7 @@
 //! | [`latency`] | how long requests took, counted by size |
 //! | [`guard`] | how much push may go while the guest's own I/O is slow |
 //! | [`codec`] | none or zstd, at which level: whatever delivers most at the moment |
+//! | [`delta`] | whose content is kept at both ends, so that only what changed of it goes again |
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
@@ -35,6 +36,7 @@ macro_rules! faulty {
 
 pub mod ahead;
 pub mod codec;
+pub mod delta;
 #[cfg(feature = "faults")]
 pub mod faults;
 pub mod guard;

@@ -260,7 +260,13 @@ fn without_userfaultfd_memory_goes_first_and_the_output_says_so() {
         .iter()
         .any(|m| m.contains("pre-copy") || m.contains("precopy"));
     assert!(told, "{:?}", view.messages);
-    assert!(view.report.is_some_and(|r| r.verified));
+    let report = view.report.expect("a report");
+    assert!(report.verified);
+    // What the guest wrote to goes again, as what changed.
+    let deltas = report.deltas;
+    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    assert!(deltas.units > 0 && deltas.saved > 0, "{deltas:?}");
+    assert!(deltas.units <= deltas.hits && deltas.hits <= deltas.again);
     scene.works(&mut guest);
     scene.verified_on(Host::B, &mut guest);
 }

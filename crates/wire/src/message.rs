@@ -29,6 +29,8 @@ use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_engine::switchover::{Epoch, Say};
 
+use crate::kept::MAX_SLOTS;
+
 /// Most units one bitmap of a message covers: 1 Mi units, 4 GiB of a space, 128 KiB of bits.
 pub const MAX_BITMAP_UNITS: u64 = 1 << 20;
 
@@ -62,6 +64,9 @@ pub const FEATURE_GIVE_BACK: u64 = 16;
 /// The peer says or hears [`Message::Backlog`].
 pub const FEATURE_BACKLOG: u64 = 32;
 
+/// The peer says or hears [`Message::Slots`], and reads or writes content by what both ends [keep](crate::kept).
+pub const FEATURE_DELTA: u64 = 64;
+
 /// The peer takes a second copy of a page that comes ahead of a switchover.
 pub const FEATURE_AHEAD_AGAIN: u64 = 128;
 
@@ -72,6 +77,7 @@ pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_FELT
     | FEATURE_GIVE_BACK
     | FEATURE_BACKLOG
+    | FEATURE_DELTA
     | FEATURE_AHEAD_AGAIN;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
@@ -265,6 +271,11 @@ pub enum Message {
     Backlog {
         us: u64,
     },
+    /// Said before [`Message::HaveEnd`]: of so many units, [`MAX_SLOTS`] at most, the destination keeps the content
+    /// for one push connection of this life. Needs [`FEATURE_DELTA`].
+    Slots {
+        slots: u32,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -301,6 +312,8 @@ pub enum MessageError {
     BadHeat { extents: u64 },
     #[error("latencies in buckets that do not exist, or out of order")]
     BadLatencies,
+    #[error("{slots} slots, more than {MAX_SLOTS}")]
+    TooManySlots { slots: u32 },
     #[error("packed data does not unpack to at most {limit} bytes")]
     Unpack { limit: usize },
 }
@@ -313,6 +326,7 @@ impl Message {
             Message::Ahead | Message::Evicted => FEATURE_AHEAD,
             Message::Felt { .. } => FEATURE_FELT,
             Message::Backlog { .. } => FEATURE_BACKLOG,
+            Message::Slots { .. } => FEATURE_DELTA,
             Message::Own {
                 say: Say::GiveBack { .. } | Say::Yielded { .. },
                 ..
@@ -355,6 +369,9 @@ impl Message {
             }
             Message::Felt { counts } if Latencies::from_counts(counts).is_none() => {
                 return Err(MessageError::BadLatencies);
+            }
+            Message::Slots { slots } if *slots > MAX_SLOTS => {
+                return Err(MessageError::TooManySlots { slots: *slots });
             }
             _ => {}
         }
@@ -459,6 +476,8 @@ mod tests {
         assert_eq!(felt.encode(), [25, 2, 3, 1, 40, 0xac, 2]);
         let backlog = Message::Backlog { us: 300 };
         assert_eq!(backlog.encode(), [26, 0xac, 2]);
+        let slots = Message::Slots { slots: 300 };
+        assert_eq!(slots.encode(), [27, 0xac, 2]);
         let backwards = Message::Felt {
             counts: vec![(40, 1), (3, 1)],
         };

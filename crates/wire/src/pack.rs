@@ -74,15 +74,20 @@ impl Packer {
 
     /// The content packed, at a level of [`ASKABLE`] or the nearest; `None` if that is not worth it.
     pub fn pack(&mut self, content: &[u8], level: i32) -> Option<Bytes> {
+        self.after(&xxh3_64(content).to_le_bytes(), content, level)
+    }
+
+    /// As [`pack`](Self::pack), with another head than the content's checksum.
+    pub(crate) fn after(&mut self, head: &[u8], content: &[u8], level: i32) -> Option<Bytes> {
         let most = content.len() - content.len() / WORTH;
         // zstd stops when it would write more than fits.
-        let mut packed = vec![0; most.max(SUM)];
+        let mut packed = vec![0; most.max(head.len())];
         let len = self
             .at(level)
-            .compress_to_buffer(content, &mut packed[SUM..])
+            .compress_to_buffer(content, &mut packed[head.len()..])
             .ok()?;
-        packed[..SUM].copy_from_slice(&xxh3_64(content).to_le_bytes());
-        packed.truncate(SUM + len);
+        packed[..head.len()].copy_from_slice(head);
+        packed.truncate(head.len() + len);
         Some(packed.into())
     }
 

@@ -6,13 +6,15 @@
 //! body: the encoded content of all runs, one after the other
 //! ```
 //!
-//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](mod@crate::pack)). A unit at
-//! the end of a space that is not a whole number of units travels as a whole unit, padded with zeroes.
+//! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](mod@crate::pack)), `3` kept
+//! (see [`kept`](crate::kept)). A unit at the end of a space that is not a whole number of units travels as a whole
+//! unit, padded with zeroes.
 //!
 //! [`Units`] are content; a [`Parcel`] is how they are written this time. Whoever decodes sees content only:
-//! what was packed comes out raw, or not at all.
+//! what was packed, or made from what was kept, comes out raw, or not at all.
 
 use crate::frame::HEADER_LEN;
+use crate::kept::{self, KeptError, Table};
 use crate::pack::{self, Packer};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use whimbrel_engine::outflow::Class;
@@ -30,6 +32,7 @@ const RUN: usize = 12;
 const RAW: u8 = 0;
 const ZERO: u8 = 1;
 const PACKED: u8 = 2;
+const KEPT: u8 = 3;
 
 /// What the content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub enum UnitsError {
     Length { units: u64, bytes: usize },
     #[error("units frame: {0}")]
     Packed(#[from] pack::UnpackError),
+    #[error("units frame: {0}")]
+    Kept(#[from] KeptError),
 }
 
 /// A payload ready to go, in two parts so that content is not copied.
@@ -114,6 +119,15 @@ impl Units {
         }
     }
 
+    /// Written as these [records](kept::Records), the encoder's for just these units; packed at a level if that
+    /// is wanted, then `None` if it is not worth it. Only for a connection with a table at its other end.
+    pub fn kept(&self, records: &[u8], packed: Option<(&mut Packer, i32)>) -> Option<Parcel> {
+        Some(Parcel {
+            body: kept::body(&self.body, records, packed)?,
+            head: self.head(KEPT),
+        })
+    }
+
     /// Everything before the body.
     fn head(&self, encoding: u8) -> Bytes {
         let mut head = BytesMut::with_capacity(FIXED + self.runs.len() * RUN);
@@ -133,8 +147,15 @@ impl Units {
     }
 
     /// Reads a payload. The body is a slice of it and not a copy, unless it was packed: then so much is
-    /// allocated as the runs announce, which is [`MAX_UNITS`] at most.
-    pub fn decode(mut payload: Bytes) -> Result<Units, UnitsError> {
+    /// allocated as the runs announce, which is [`MAX_UNITS`] at most. On a connection without a table of what
+    /// is kept.
+    pub fn decode(payload: Bytes) -> Result<Units, UnitsError> {
+        Self::decode_with(payload, None)
+    }
+
+    /// As [`decode`](Self::decode), on a connection whose frames so far made this table. After an error the
+    /// table is of no use any more.
+    pub fn decode_with(mut payload: Bytes, table: Option<&mut Table>) -> Result<Units, UnitsError> {
         let len = payload.len();
         if len < FIXED {
             return Err(UnitsError::Short { len });
@@ -145,10 +166,10 @@ impl Units {
             1 => Class::Push,
             other => return Err(UnitsError::Class(other)),
         };
-        let (encoding, is_packed) = match payload.get_u8() {
-            RAW => (Encoding::Raw, false),
-            ZERO => (Encoding::Zero, false),
-            PACKED => (Encoding::Raw, true),
+        let written = payload.get_u8();
+        let encoding = match written {
+            RAW | PACKED | KEPT => Encoding::Raw,
+            ZERO => Encoding::Zero,
             other => return Err(UnitsError::Encoding(other)),
         };
         let count = usize::from(payload.get_u16_le());
@@ -178,8 +199,13 @@ impl Units {
         if units > limit {
             return Err(UnitsError::TooMany { units, limit });
         }
-        if is_packed {
-            payload = pack::unpack(&payload, bytes as usize)?;
+        match written {
+            PACKED => payload = pack::unpack(&payload, bytes as usize)?,
+            KEPT => {
+                let table = table.ok_or(KeptError::NoTable)?;
+                payload = table.read(space, &runs, &payload)?;
+            }
+            _ => {}
         }
         if payload.len() as u64 != bytes {
             return Err(UnitsError::Length {
@@ -313,7 +339,8 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            if let Ok(u) = Units::decode(Bytes::from(bytes)) {
+            let mut table = Table::new(8);
+            if let Ok(u) = Units::decode_with(Bytes::from(bytes), Some(&mut table)) {
                 prop_assert_eq!(u.pieces().count(), u.runs.len());
             }
         }

@@ -61,6 +61,8 @@ pub fn sample_migration() -> MigrationView {
         sent: SentBytes::default(),
         codecs: CodecUnits::default(),
         compress: Compress::Auto,
+        delta: Delta::On,
+        deltas: DeltaStats::default(),
         bandwidth: RateLimit(None),
         rate: 0,
         eta: None,

@@ -12,6 +12,7 @@ use crate::state::{
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 pub use whimbrel_engine::codec::Policy as Compress;
+pub use whimbrel_engine::delta::Policy as Delta;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::key_id::KeyId;
@@ -438,6 +439,9 @@ pub struct MigrateRequest {
     /// `auto`, `none`, `zstd` or `zstd:LEVEL`.
     #[serde(default)]
     pub compress: Compress,
+    /// Whether memory that goes again may go as what changed of it: `on` or `off`.
+    #[serde(default)]
+    pub delta: Delta,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -550,6 +554,10 @@ pub struct MigrationView {
     pub codecs: CodecUnits,
     #[serde(default)]
     pub compress: Compress,
+    #[serde(default)]
+    pub delta: Delta,
+    #[serde(default)]
+    pub deltas: DeltaStats,
     pub bandwidth: RateLimit,
     /// Bits per second over the last seconds.
     pub rate: u64,
@@ -621,6 +629,21 @@ pub struct CodecUnits {
     pub zero: u64,
 }
 
+/// Memory that went again, and what keeping its old content at both ends was good for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeltaStats {
+    /// Units that had been sent before over the same connection.
+    pub again: u64,
+    /// Of these, whose old content was still kept.
+    pub hits: u64,
+    /// Of these, that went as what had changed.
+    pub units: u64,
+    /// Bytes that these took less than whole units, before anything was packed.
+    pub saved: u64,
+    /// Bytes of content kept at each end, where it was most.
+    pub cache: u64,
+}
+
 /// When it will be over, from now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EtaRange {
@@ -668,6 +691,8 @@ pub struct MigrationReport {
     pub sent: SentBytes,
     #[serde(default)]
     pub codecs: CodecUnits,
+    #[serde(default)]
+    pub deltas: DeltaStats,
     pub demands: DemandStats,
     /// The guest's own requests to its disks at the destination, until all was there.
     #[serde(default)]

@@ -30,7 +30,8 @@ use crate::migration::incoming;
 use crate::migration::landing::Plan;
 use crate::migration::outgoing::{self, Outgoing, offer_again};
 use crate::migration::record::{
-    MigrationJournal, is_over, mark_over, read_bandwidth, read_compress, read_latency, read_layout,
+    MigrationJournal, is_over, mark_over, read_bandwidth, read_compress, read_delta, read_latency,
+    read_layout,
 };
 use crate::service::first_view;
 use crate::state::{
@@ -318,6 +319,7 @@ impl Daemon {
             easing: easing.clone(),
             taken_up: true,
             compress: view.compress,
+            delta: false,
             ram_changes: changes,
         };
         // Nobody commands a move that is off.
@@ -420,6 +422,7 @@ impl Daemon {
         let easing = Arc::new(Easing::new(read_latency(folder)));
         let compress = read_compress(folder);
         view.compress = compress;
+        view.delta = read_delta(folder);
         let pace = self.host.pace.under(rate_of(view.bandwidth));
         let board = Arc::new(Board::new(view));
         board.phase(source.phase());
@@ -444,6 +447,8 @@ impl Daemon {
                 easing: easing.clone(),
                 taken_up: true,
                 compress,
+                // What goes from now on goes once.
+                delta: false,
                 ram_changes: changes,
             });
             let setup = outgoing::Setup {

@@ -5,25 +5,28 @@
 //! life there is gives way: the source has given it up already, or it would not dial.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use whimbrel_engine::delta::SLOTS;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_peer::connection::{Connection, FrameReceiver, FrameSender};
 use whimbrel_peer::hello::Class;
 use whimbrel_wire::frame::Kind;
+use whimbrel_wire::kept::Table;
 use whimbrel_wire::message::{
-    FEATURE_AHEAD, FEATURE_BACKLOG, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS, Message, pack_bitmap,
-    unpack_bitmap,
+    FEATURE_AHEAD, FEATURE_BACKLOG, FEATURE_DELTA, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS,
+    Message, pack_bitmap, unpack_bitmap,
 };
 
 use super::arrivals::Arrivals;
 use super::easing::PERIOD;
 use super::lane::{
-    Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, say, until_first_ends,
+    Heard, LaneError, LinkEvent, Mouth, PING_EVERY, Pulse, hear, hear_with, say, until_first_ends,
 };
 use super::peeks::Peeks;
 use crate::disk::Wants;
@@ -138,6 +141,7 @@ async fn live(
 ) -> (LaneError, Option<Connection>) {
     let end = stop.child_token();
     let mut tasks = JoinSet::new();
+    let keeping = Arc::<AtomicBool>::default();
     life.arrivals.begin_life();
     let outbox = life.mouth.open(connection.agreed().features);
     let (pongs, pong_queue) = mpsc::channel(8);
@@ -164,8 +168,10 @@ async fn live(
             }
             come = doorstep.recv() => match come {
                 Some((Class::Push(_), connection)) => {
+                    let knows = connection.agreed().features & FEATURE_DELTA != 0;
                     let (_, receiver) = connection.split();
-                    tasks.spawn(guard(end.clone(), push_in(receiver, life.clone())));
+                    let keeping = knows.then(|| keeping.clone());
+                    tasks.spawn(guard(end.clone(), push_in(receiver, life.clone(), keeping)));
                 }
                 Some((Class::Control, connection)) => {
                     end.cancel();
@@ -205,6 +211,9 @@ async fn control_out(
     }
     if life.arrivals.has_evicted() && life.mouth.features() & FEATURE_AHEAD != 0 {
         say(&mut sender, &Message::Evicted).await?;
+    }
+    if life.mouth.features() & FEATURE_DELTA != 0 {
+        say(&mut sender, &Message::Slots { slots: SLOTS }).await?;
     }
     say(&mut sender, &Message::HaveEnd).await?;
     // From here on everything wanted is gathered; what was wanted before is asked again now.
@@ -356,7 +365,17 @@ fn ended(stored: Result<Result<(), LaneError>, tokio::task::JoinError>) -> Resul
 
 /// Stores frames side by side: a page that QEMU waits for must not wait for a disk that is busy with a flush.
 /// Only RAM that is pre-copied is stored in order: a page that comes twice must end as the second copy.
-async fn push_in(mut receiver: FrameReceiver, life: Life) -> Result<(), LaneError> {
+///
+/// Of one push connection of a life the content is kept, of the first that has some: `keeping` says whether there
+/// is one; none where the peer knows nothing of that.
+async fn push_in(
+    mut receiver: FrameReceiver,
+    life: Life,
+    keeping: Option<Arc<AtomicBool>>,
+) -> Result<(), LaneError> {
+    // Decoding is in order, whatever the order of storing: nobody else touches it.
+    let mut table = keeping.is_some().then(|| Table::new(SLOTS));
+    let mut keeps = false;
     let mut storing: JoinSet<Result<(), LaneError>> = JoinSet::new();
     loop {
         while let Some(stored) = storing.try_join_next() {
@@ -367,7 +386,17 @@ async fn push_in(mut receiver: FrameReceiver, life: Life) -> Result<(), LaneErro
         {
             ended(stored)?;
         }
-        match hear(&mut receiver, &life.pulse).await? {
+        let heard = hear_with(&mut receiver, &life.pulse, table.as_mut()).await?;
+        if !keeps && table.as_ref().is_some_and(|table| table.filled() > 0) {
+            let others = keeping.as_ref().map(|k| k.swap(true, Ordering::AcqRel));
+            if others == Some(true) {
+                return Err(LaneError::OutOfPlace {
+                    said: "content to keep on a second connection",
+                });
+            }
+            keeps = true;
+        }
+        match heard {
             Heard::Units(units) if life.arrivals.keeps_order(units.space) => {
                 life.arrivals.take(units).await?;
             }

@@ -24,10 +24,13 @@ use whimbrel_peer::gauge::Gauge;
 use whimbrel_peer::hello::Class;
 use whimbrel_peer::pace::Pace;
 use whimbrel_wire::frame::Kind;
-use whimbrel_wire::message::{FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap};
+use whimbrel_wire::message::{
+    FEATURE_DELTA, FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap,
+};
 use whimbrel_wire::pack::Packer;
 use whimbrel_wire::units::{Encoding, MAX_UNITS, Units};
 
+use super::deltas::Kind as BatchKind;
 use super::easing::{Easing, PERIOD};
 use super::flow::{Answer, Content, Flow, Since};
 use super::governor::{Governor, on_link};
@@ -74,6 +77,8 @@ pub struct Gear {
     pub easing: Arc<Easing>,
     /// How content is written.
     pub compress: Policy,
+    /// RAM that goes again may go as what changed of it.
+    pub delta: bool,
     /// By a daemon that takes the move up, and does not know what of RAM went ahead in vain.
     pub taken_up: bool,
     /// RAM's content still changes here: set until the stop.
@@ -129,6 +134,21 @@ struct Life {
     packing: Arc<Packing>,
 }
 
+impl Life {
+    fn kind_of(&self, space: SpaceId) -> BatchKind {
+        let changes = *self.gear.ram_changes.borrow();
+        match self.gear.flow.content(space) {
+            Some(Content::Ram { .. }) => BatchKind::Ram {
+                units: self.gear.flow.units_of(space).unwrap_or_default(),
+                changes,
+            },
+            _ => BatchKind::Disk {
+                ram_changes: changes,
+            },
+        }
+    }
+}
+
 async fn run(mut first: Option<Connection>, life: Life, stop: CancellationToken) {
     let mut backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_CEILING, 1);
     loop {
@@ -172,7 +192,7 @@ async fn live(connection: Connection, life: &Life, stop: &CancellationToken) -> 
     let end = stop.child_token();
     let mut tasks = JoinSet::new();
     life.gear.flow.begin_life();
-    let (told, _) = watch::channel(false);
+    let (told, _) = watch::channel(None);
     let told = Arc::new(told);
     let outbox = life.mouth.open(connection.agreed().features);
     let (pongs, pong_queue) = mpsc::channel(8);
@@ -254,6 +274,8 @@ struct Pusher {
     life: Life,
     /// The peer reads packed units.
     can_unpack: bool,
+    /// The peer keeps the content of so many units of this connection.
+    granted: u32,
     /// For demands, which are packed in between.
     packer: Packer,
 }
@@ -307,7 +329,12 @@ impl Pusher {
     async fn run(&mut self) -> Result<(), LaneError> {
         let (flow, life) = (self.life.gear.flow.clone(), self.life.clone());
         let governor = &life.governor;
-        let mut job = PackJob::new(life.packing.clone(), self.can_unpack);
+        // What does not change any more goes once.
+        let granted = match life.gear.delta && *life.gear.ram_changes.borrow() {
+            true => self.granted,
+            false => 0,
+        };
+        let mut job = PackJob::new(life.packing.clone(), self.can_unpack, granted);
         loop {
             let most = || governor.frame_units(job.left());
             let (class, answer) = flow.next_push(most).await;
@@ -319,8 +346,9 @@ impl Pusher {
             let packed = self.answering(async {
                 let (units, read) = content_of(answer, class, &flow).await?;
                 let space = units.space;
+                let kind = life.kind_of(space);
                 let allowed = governor.allowed();
-                let packed = job.pack(units, frame_units, allowed).await;
+                let packed = job.pack(units, kind, frame_units, allowed).await;
                 Ok::<_, LaneError>((space, read, packed))
             });
             let (space, read, packed) = packed.await??;
@@ -370,7 +398,7 @@ async fn content_of(
 async fn content_out<F>(
     number: u16,
     life: &Life,
-    mut told: watch::Receiver<bool>,
+    mut told: watch::Receiver<Option<u32>>,
     work: impl FnOnce(Pusher, Option<Gauge>) -> F,
 ) -> Result<(), LaneError>
 where
@@ -380,17 +408,22 @@ where
     tracing::debug!(push = number, sockets = ?connection.sockets(), "push connection");
     // Without it the governor goes by what it let go.
     let gauge = connection.gauge().ok();
-    let can_unpack = connection.agreed().features & FEATURE_ZSTD != 0;
+    let features = connection.agreed().features;
     let (sender, mut receiver) = connection.split();
-    let pusher = Pusher {
+    let mut pusher = Pusher {
         sender,
         life: life.clone(),
-        can_unpack,
+        can_unpack: features & FEATURE_ZSTD != 0,
+        granted: 0,
         packer: Packer::default(),
     };
     let sending = async {
-        if told.wait_for(|&told| told).await.is_err() {
+        let Ok(slots) = told.wait_for(Option::is_some).await.map(|slots| *slots) else {
             return Err(LaneError::Closed);
+        };
+        // The peer keeps content of one connection only.
+        if number == 0 && features & FEATURE_DELTA != 0 {
+            pusher.granted = slots.unwrap_or_default();
         }
         life.gear.flow.opened().await;
         work(pusher, gauge).await
@@ -407,7 +440,11 @@ where
     }
 }
 
-async fn push_out(number: u16, life: Life, told: watch::Receiver<bool>) -> Result<(), LaneError> {
+async fn push_out(
+    number: u16,
+    life: Life,
+    told: watch::Receiver<Option<u32>>,
+) -> Result<(), LaneError> {
     let governor = life.governor.clone();
     content_out(number, &life, told, async |mut pusher, gauge| {
         let _watched = gauge.map(|gauge| governor.watch(gauge));
@@ -419,7 +456,11 @@ async fn push_out(number: u16, life: Life, told: watch::Receiver<bool>) -> Resul
 /// The demands' own connection: one of push by its class, on which nothing is pushed. So a demand waits neither
 /// behind what push has in the kernel, nor, on a link that loses packets, for push's to be sent again. Its
 /// window is small, because it mostly idles; what there is no room for goes ahead of push on the others.
-async fn demand_out(number: u16, life: Life, told: watch::Receiver<bool>) -> Result<(), LaneError> {
+async fn demand_out(
+    number: u16,
+    life: Life,
+    told: watch::Receiver<Option<u32>>,
+) -> Result<(), LaneError> {
     let governor = life.governor.clone();
     content_out(number, &life, told, async |mut pusher, gauge| {
         let Some(mut gauge) = gauge else {
@@ -483,11 +524,11 @@ async fn control_in(
     mut receiver: FrameReceiver,
     pongs: mpsc::Sender<bytes::Bytes>,
     life: Life,
-    told: Arc<watch::Sender<bool>>,
+    told: Arc<watch::Sender<Option<u32>>>,
 ) -> Result<(), LaneError> {
     let flow = life.gear.flow.clone();
     let mut holdings = Holdings::default();
-    let mut evicted = false;
+    let (mut evicted, mut slots) = (false, 0);
     let jobs = Arc::new(tokio::sync::Semaphore::new(SIDE_JOBS));
     let mut running = JoinSet::new();
     loop {
@@ -509,6 +550,7 @@ async fn control_in(
                 packed,
             }) => holdings.note(&flow, space, first, units, &packed)?,
             Heard::Message(Message::Evicted) => evicted = true,
+            Heard::Message(Message::Slots { slots: granted }) => slots = granted,
             Heard::Message(Message::Backlog { us }) => life.gear.easing.heard_backlog(us),
             Heard::Message(Message::Felt { counts }) => {
                 // Decoding has checked them.
@@ -538,7 +580,7 @@ async fn control_in(
                     };
                     flow.peer_has(info.id, held, since);
                 }
-                told.send_replace(true);
+                told.send_replace(Some(slots));
                 if life.events.send(LinkEvent::Up).await.is_err() {
                     return Err(LaneError::Closed);
                 }

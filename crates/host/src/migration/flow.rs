@@ -12,6 +12,7 @@ use whimbrel_qemu::content::RamContent;
 use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
+use super::deltas::DeltaCount;
 use super::packing::{Form, Frame};
 
 /// Units of one demanded frame: small, so that several demands take turns.
@@ -53,6 +54,7 @@ pub struct Sent {
     pub plain: u64,
     pub zstd: u64,
     pub zero: u64,
+    pub delta: DeltaCount,
 }
 
 impl Sent {
@@ -325,6 +327,7 @@ impl Flow {
         let mut inner = self.inner();
         let sent = &mut inner.sent[usize::from(space.0)];
         sent.units += frame.units;
+        sent.delta.add(frame.delta);
         *match frame.form {
             Form::Plain => &mut sent.plain,
             Form::Zstd => &mut sent.zstd,

@@ -10,6 +10,7 @@ use whimbrel_peer::connection::{FrameReceiver, FrameSender};
 use whimbrel_peer::error::PeerError;
 use whimbrel_peer::rtt::Rtt;
 use whimbrel_wire::frame::Kind;
+use whimbrel_wire::kept::Table;
 use whimbrel_wire::message::{Message, MessageError};
 use whimbrel_wire::units::{Parcel, Units, UnitsError};
 
@@ -210,11 +211,20 @@ pub enum Heard {
 
 /// The next frame, decoded. Pongs have been noted.
 pub async fn hear(receiver: &mut FrameReceiver, pulse: &Pulse) -> Result<Heard, LaneError> {
+    hear_with(receiver, pulse, None).await
+}
+
+/// As [`hear`], on a connection whose frames fill a table.
+pub async fn hear_with(
+    receiver: &mut FrameReceiver,
+    pulse: &Pulse,
+    table: Option<&mut Table>,
+) -> Result<Heard, LaneError> {
     let frame = receiver.recv().await?;
     pulse.heard();
     match frame.kind {
         Kind::Control => Ok(Heard::Message(Message::decode(&frame.payload)?)),
-        Kind::Units => Ok(Heard::Units(Units::decode(frame.payload)?)),
+        Kind::Units => Ok(Heard::Units(Units::decode_with(frame.payload, table)?)),
         Kind::Ping => Ok(Heard::Ping(frame.payload)),
         Kind::Pong => {
             let rtt = pulse.pong(&frame.payload);

@@ -15,6 +15,7 @@
 pub mod arrival;
 pub mod arrivals;
 pub mod board;
+mod deltas;
 pub mod departure;
 pub mod easing;
 pub mod flow;

@@ -4,6 +4,9 @@
 //! peer knows. The rest is packed as a whole if that pays at the moment ([`Chooser`] decides, by what it is
 //! told here), else it goes plain in frames short enough that a demand does not wait long behind one.
 //!
+//! Of RAM that may be sent again, both ends of a push connection keep what went over it, and what is sent goes as
+//! records made by that ([`Deltas`]); those are packed or not just as content is.
+//!
 //! Packing that takes longer than [`INLINE`] runs on a thread of its own, one for each push connection at
 //! most. Demands are packed at once, where they are, with the quick levels only: 32 KiB in some tens of
 //! microseconds.
@@ -15,8 +18,11 @@ use bytes::{Bytes, BytesMut};
 use whimbrel_engine::codec::{Choice, Chooser, Codec, Packed, Policy, Took};
 use whimbrel_engine::space::{Extent, UNIT};
 use whimbrel_volume::backend::is_zero;
+use whimbrel_wire::delta::PAGE;
 use whimbrel_wire::pack::Packer;
 use whimbrel_wire::units::{Encoding, Parcel, Units};
+
+use super::deltas::{self, DeltaCount, Deltas, Kind, Means};
 
 /// What takes longer does not run among the tasks of the connections.
 const INLINE: Duration = Duration::from_micros(200);
@@ -35,6 +41,19 @@ pub struct Frame {
     pub parcel: Parcel,
     pub units: u64,
     pub form: Form,
+    /// Of a batch with records the first frame has all of the batch's.
+    pub delta: DeltaCount,
+}
+
+impl Frame {
+    fn new(parcel: Parcel, units: u64, form: Form) -> Frame {
+        Frame {
+            parcel,
+            units,
+            form,
+            delta: DeltaCount::default(),
+        }
+    }
 }
 
 /// A batch as frames.
@@ -44,6 +63,8 @@ pub struct Frames {
     /// What packing came to: as it is sent, and for comparison.
     used: Option<Packed>,
     other: Option<Packed>,
+    /// What making records took.
+    recording: Duration,
 }
 
 impl Frames {
@@ -55,7 +76,7 @@ impl Frames {
             content: content.clone().map(|f| f.units * UNIT).sum(),
             wire: content.map(|f| f.parcel.wire_len()).sum(),
             read,
-            pack: packed.map(|p| p.took).sum(),
+            pack: packed.map(|p| p.took).sum::<Duration>() + self.recording,
             ..Took::default()
         }
     }
@@ -65,6 +86,8 @@ impl Frames {
 pub struct Packing {
     chooser: Mutex<Chooser>,
     clock: Instant,
+    /// Not if the operator wants nothing packed.
+    packs: bool,
 }
 
 impl Packing {
@@ -72,6 +95,7 @@ impl Packing {
         Packing {
             chooser: Mutex::new(Chooser::new(policy)),
             clock: Instant::now(),
+            packs: policy != Policy::Plain,
         }
     }
 
@@ -100,15 +124,30 @@ pub struct PackJob {
     packing: Arc<Packing>,
     can_unpack: bool,
     /// Away while a thread packs.
-    packer: Option<Packer>,
+    tools: Option<Tools>,
+    /// What making the last batch's records took.
+    recording: Duration,
+}
+
+/// What packing keeps from batch to batch.
+#[derive(Default)]
+struct Tools {
+    packer: Packer,
+    /// Until RAM has stopped to change, and all of it is sent.
+    deltas: Option<Deltas>,
 }
 
 impl PackJob {
-    pub fn new(packing: Arc<Packing>, can_unpack: bool) -> PackJob {
+    /// `granted` slots are kept at the other end of the connection, none if 0.
+    pub fn new(packing: Arc<Packing>, can_unpack: bool, granted: u32) -> PackJob {
         PackJob {
             packing,
             can_unpack,
-            packer: None,
+            tools: Some(Tools {
+                packer: Packer::default(),
+                deltas: (granted > 0).then(|| Deltas::new(granted)),
+            }),
+            recording: Duration::ZERO,
         }
     }
 
@@ -121,7 +160,13 @@ impl PackJob {
     }
 
     /// `frame_units` is the most that a frame of plain content may have.
-    pub async fn pack(&mut self, units: Units, frame_units: u64, allowed: u64) -> Frames {
+    pub async fn pack(
+        &mut self,
+        units: Units,
+        kind: Kind,
+        frame_units: u64,
+        allowed: u64,
+    ) -> Frames {
         let plain = Choice {
             codec: Codec::Plain,
             probe: None,
@@ -138,14 +183,21 @@ impl PackJob {
             let time = chooser.will_take(choice.codec, bytes) + chooser.will_take(probe, bytes);
             (choice, time)
         };
-        let mut packer = self.packer.take().unwrap_or_default();
-        let work = move || {
-            (
-                frames_probed(units, choice, frame_units, &mut packer),
-                packer,
-            )
+        let means = Means {
+            packs: self.packing.packs && self.can_unpack,
+            link: allowed,
+            // Half, if it is packed, as memory mostly is.
+            whole: match choice.codec {
+                Codec::Plain => PAGE,
+                Codec::Zstd(_) => PAGE / 2,
+            },
         };
-        let (frames, packer) = if time <= INLINE {
+        let mut tools = self.tools.take().unwrap_or_default();
+        let work = move || {
+            let frames = frames_with(units, kind, choice, frame_units, means, &mut tools);
+            (frames, tools)
+        };
+        let (frames, tools) = if time + self.recording <= INLINE {
             work()
         } else {
             match tokio::task::spawn_blocking(work).await {
@@ -156,7 +208,8 @@ impl PackJob {
                 },
             }
         };
-        self.packer = Some(packer);
+        self.tools = Some(tools);
+        self.recording = frames.recording;
         let mut chooser = self.packing.chooser();
         match (frames.used, frames.other) {
             (Some(used), Some(other)) => {
@@ -173,71 +226,148 @@ impl PackJob {
 
 /// A batch as frames, packed or not. `frame_units` is the most that a frame of plain content may have.
 pub fn frames(units: Units, codec: Codec, frame_units: u64, packer: &mut Packer) -> Frames {
-    let choice = Choice { codec, probe: None };
-    frames_probed(units, choice, frame_units, packer)
-}
-
-fn frames_probed(units: Units, choice: Choice, frame_units: u64, packer: &mut Packer) -> Frames {
     let mut all = Frames::default();
-    if units.encoding == Encoding::Zero {
-        // Known to be empty, and not among what has to move: an answer, and no unit sent.
-        all.frames.push(Frame {
-            units: 0,
-            form: Form::Zero,
-            parcel: units.plain(),
-        });
-        return all;
-    }
-    let (zero, content) = without_zeroes(units);
-    if let Some(zero) = zero {
-        all.frames.push(Frame {
-            units: zero.units(),
-            form: Form::Zero,
-            parcel: zero.plain(),
-        });
-    }
-    let Some(content) = content else {
-        return all;
-    };
-    let packs = choice.codec != Codec::Plain || choice.probe.is_some();
-    if packs && !packer.is_dense(&content.body) {
-        if let Codec::Zstd(level) = choice.codec {
-            let (packed, parcel) = pack(&content, level, packer);
-            all.used = Some(packed);
-            all.frames.extend(parcel.map(|parcel| Frame {
-                units: content.units(),
-                form: Form::Zstd,
-                parcel,
-            }));
-        }
-        all.other = choice.probe.map(|level| pack(&content, level, packer).0);
-    }
-    if all.frames.iter().all(|frame| frame.form == Form::Zero) {
-        let parts = split(content, frame_units);
-        all.frames.extend(parts.into_iter().map(|part| Frame {
-            units: part.units(),
-            form: Form::Plain,
-            parcel: part.plain(),
-        }));
+    if let Some(content) = without_zeroes(units, &mut all) {
+        let choice = Choice { codec, probe: None };
+        add_content(content, None, choice, frame_units, packer, &mut all);
     }
     all
 }
 
-fn pack(content: &Units, level: i32, packer: &mut Packer) -> (Packed, Option<Parcel>) {
-    let began = Instant::now();
-    let parcel = content.packed(packer, level);
-    let bytes = content.body.len() as u64;
-    let packed = Packed {
-        level,
-        content: bytes,
-        left: parcel.as_ref().map_or(bytes, |p| p.body.len() as u64),
-        took: began.elapsed(),
+fn frames_with(
+    units: Units,
+    kind: Kind,
+    choice: Choice,
+    frame_units: u64,
+    means: Means,
+    tools: &mut Tools,
+) -> Frames {
+    let mut all = Frames::default();
+    let Some(content) = without_zeroes(units, &mut all) else {
+        return all;
     };
-    (packed, parcel)
+    let began = Instant::now();
+    let batch = match (kind, &mut tools.deltas) {
+        (Kind::Ram { units, changes }, Some(deltas)) => {
+            if !changes {
+                deltas.close();
+            }
+            deltas.write(&content, units, means)
+        }
+        // RAM goes before disks once it does not change any more: this was the last of it.
+        (Kind::Disk { ram_changes: false }, deltas) => {
+            *deltas = None;
+            None
+        }
+        _ => None,
+    };
+    if batch.is_some() {
+        all.recording = began.elapsed();
+    }
+    let packer = &mut tools.packer;
+    add_content(content, batch, choice, frame_units, packer, &mut all);
+    all
+}
+
+/// Content as it is, or as records.
+struct Writing {
+    content: Units,
+    batch: Option<deltas::Batch>,
+}
+
+impl Writing {
+    /// What there is to pack.
+    fn bytes(&self) -> &[u8] {
+        match &self.batch {
+            Some(batch) => batch.records.bytes(),
+            None => &self.content.body,
+        }
+    }
+
+    fn packed(&self, level: i32, packer: &mut Packer) -> (Packed, Option<Parcel>) {
+        let began = Instant::now();
+        let parcel = match &self.batch {
+            Some(batch) => {
+                let packed = Some((packer, level));
+                self.content.kept(batch.records.bytes(), packed)
+            }
+            None => self.content.packed(packer, level),
+        };
+        let bytes = self.bytes().len() as u64;
+        let packed = Packed {
+            level,
+            content: bytes,
+            left: parcel.as_ref().map_or(bytes, |p| p.body.len() as u64),
+            took: began.elapsed(),
+        };
+        (packed, parcel)
+    }
+
+    /// In frames of so many units at most.
+    fn plain(self, frame_units: u64) -> Vec<Frame> {
+        let mut at = 0;
+        let parts = split(self.content, frame_units).into_iter().map(|part| {
+            let units = part.units();
+            let parcel = match &self.batch {
+                Some(batch) => part
+                    .kept(batch.records.of(at, units as usize), None)
+                    .expect("what is not packed is always worth it"),
+                None => part.plain(),
+            };
+            at += units as usize;
+            Frame::new(parcel, units, Form::Plain)
+        });
+        parts.collect()
+    }
+}
+
+fn add_content(
+    content: Units,
+    batch: Option<deltas::Batch>,
+    choice: Choice,
+    frame_units: u64,
+    packer: &mut Packer,
+    all: &mut Frames,
+) {
+    let first = all.frames.len();
+    let (units, delta) = (content.units(), batch.as_ref().map(|batch| batch.count));
+    let writing = Writing { content, batch };
+    let packs = choice.codec != Codec::Plain || choice.probe.is_some();
+    let mut parcel = None;
+    if packs && !packer.is_dense(writing.bytes()) {
+        if let Codec::Zstd(level) = choice.codec {
+            let (used, packed) = writing.packed(level, packer);
+            all.used = Some(used);
+            parcel = packed;
+        }
+        all.other = choice.probe.map(|level| writing.packed(level, packer).0);
+    }
+    match parcel {
+        Some(parcel) => all.frames.push(Frame::new(parcel, units, Form::Zstd)),
+        None => all.frames.extend(writing.plain(frame_units)),
+    }
+    if let (Some(frame), Some(delta)) = (all.frames.get_mut(first), delta) {
+        frame.delta = delta;
+    }
+}
+
+/// Adds what is zero; the rest comes back.
+fn without_zeroes(units: Units, all: &mut Frames) -> Option<Units> {
+    if units.encoding == Encoding::Zero {
+        // Known to be empty, and not among what has to move: an answer, and no unit sent.
+        all.frames.push(Frame::new(units.plain(), 0, Form::Zero));
+        return None;
+    }
+    let (zero, content) = zeroes_apart(units);
+    all.frames.extend(zero.map(|zero| {
+        let units = zero.units();
+        Frame::new(zero.plain(), units, Form::Zero)
+    }));
+    content
 }
 
 /// Units of zeroes, and the others.
-fn without_zeroes(units: Units) -> (Option<Units>, Option<Units>) {
+fn zeroes_apart(units: Units) -> (Option<Units>, Option<Units>) {
     let unit = UNIT as usize;
     let zeroes: Vec<bool> = units.body.chunks(unit).map(is_zero).collect();
     if !zeroes.contains(&true) {
@@ -318,7 +448,14 @@ mod tests {
     use proptest::prelude::*;
     use whimbrel_engine::outflow::Class;
     use whimbrel_engine::space::SpaceId;
+    use whimbrel_wire::kept::Table;
     use whimbrel_wire::units::MAX_UNITS;
+
+    const DISK: super::Kind = super::Kind::Disk { ram_changes: true };
+    const RAM: super::Kind = super::Kind::Ram {
+        units: 1 << 20,
+        changes: true,
+    };
 
     #[derive(Clone, Copy, Debug)]
     enum Kind {
@@ -363,8 +500,24 @@ mod tests {
     }
 
     fn decoded(frame: &Frame) -> Units {
+        decoded_with(frame, None)
+    }
+
+    fn decoded_with(frame: &Frame, table: Option<&mut Table>) -> Units {
         let payload = [&frame.parcel.head[..], &frame.parcel.body].concat();
-        Units::decode(payload.into()).expect("a frame of ours")
+        Units::decode_with(payload.into(), table).expect("a frame of ours")
+    }
+
+    /// The same units after the guest has written a word to each.
+    fn changed(units: &Units) -> Units {
+        let mut body = units.body.to_vec();
+        for (n, page) in body.chunks_mut(PAGE).enumerate() {
+            page[(n * 64) % PAGE] ^= 0x55;
+        }
+        Units {
+            body: body.into(),
+            ..units.clone()
+        }
     }
 
     /// By unit: its content.
@@ -409,23 +562,60 @@ mod tests {
     async fn a_peer_that_cannot_unpack_gets_nothing_packed() {
         let packing = Arc::new(Packing::new(Policy::Level(3)));
         for (can_unpack, form) in [(false, Form::Plain), (true, Form::Zstd)] {
-            let mut job = PackJob::new(packing.clone(), can_unpack);
+            let mut job = PackJob::new(packing.clone(), can_unpack, 0);
             let units = batch(&[(0, vec![Kind::Text; 64])]);
-            let packed = job.pack(units, MAX_UNITS, 1_000_000).await;
+            let packed = job.pack(units, DISK, MAX_UNITS, 1_000_000).await;
             assert!(packed.frames.iter().all(|f| f.form == form));
         }
     }
 
     #[tokio::test]
     async fn long_packing_and_probes_leave_the_content_as_it_was() {
-        let mut job = PackJob::new(Arc::new(Packing::new(Policy::Auto)), true);
+        let mut job = PackJob::new(Arc::new(Packing::new(Policy::Auto)), true, 0);
         for round in 0..20 {
             let units = batch(&[(round, vec![Kind::Text; 64])]);
-            let packed = job.pack(units.clone(), MAX_UNITS, 200_000).await;
+            let packed = job.pack(units.clone(), DISK, MAX_UNITS, 200_000).await;
             assert_eq!(packed.frames.len(), 1);
             assert_eq!(decoded(&packed.frames[0]), units);
         }
         assert!(job.packing.chooser().next(0, 200_000).codec != Codec::Plain);
+    }
+
+    #[tokio::test]
+    async fn memory_that_goes_again_goes_as_what_changed_until_it_is_all_there() {
+        let packing = Arc::new(Packing::new(Policy::Plain));
+        let mut job = PackJob::new(packing, true, 64);
+        let mut table = Table::new(64);
+        let noise = batch(&[(7, vec![Kind::Noise; 64])]);
+        let still = super::Kind::Ram {
+            units: 1 << 20,
+            changes: false,
+        };
+        for (units, kind, least, most, deltas) in [
+            (noise.clone(), RAM, 64 * PAGE, 65 * PAGE, 0),
+            (changed(&noise), RAM, 64, 64 * 20, 64),
+            (noise.clone(), still, 64, 64 * 20, 64),
+        ] {
+            let frames = job.pack(units.clone(), kind, 32, 1_000_000).await.frames;
+            assert_eq!(frames.len(), 2);
+            let bytes: u64 = frames.iter().map(|f| f.parcel.wire_len()).sum();
+            assert!((least..most).contains(&(bytes as usize)), "{bytes}");
+            let (first, second) = (frames[0].delta, frames[1].delta);
+            assert_eq!(
+                (first.units, first.found, first.again),
+                (deltas, deltas, deltas)
+            );
+            assert_eq!((first.kept, second), (64, DeltaCount::default()));
+            let came = frames
+                .iter()
+                .flat_map(|f| by_unit(&decoded_with(f, Some(&mut table))));
+            assert_eq!(came.collect::<Vec<_>>(), by_unit(&units));
+        }
+        let disk = super::Kind::Disk { ram_changes: false };
+        job.pack(batch(&[(7, vec![Kind::Text])]), disk, 32, 1_000_000)
+            .await;
+        let frames = job.pack(noise, still, 64, 1_000_000).await.frames;
+        assert_eq!(decoded(&frames[0]).units(), 64, "nothing is kept any more");
     }
 
     fn kinds() -> impl Strategy<Value = Vec<Kind>> {
@@ -441,19 +631,25 @@ mod tests {
             level in prop::option::of(-5..4),
             probe in prop::option::of(-5..2),
             most in 1_u64..70,
+            slots in prop::option::of(1_u32..30),
         ) {
             let units = batch(&runs);
             let choice = Choice { codec: level.map_or(Codec::Plain, Codec::Zstd), probe };
-            let all = frames_probed(units.clone(), choice, most, &mut Packer::default());
+            let mut tools = Tools { packer: Packer::default(), deltas: slots.map(Deltas::new) };
+            let mut table = slots.map(Table::new);
+            let (again, means) = (changed(&units), Means { packs: true, link: 1, whole: PAGE });
+            for units in [units.clone(), again, units] {
+            let all = frames_with(units.clone(), RAM, choice, most, means, &mut tools);
             let mut came: Vec<_> = Vec::new();
             for frame in &all.frames {
-                let units = decoded(frame);
+                let units = decoded_with(frame, table.as_mut());
                 prop_assert_eq!(units.units(), frame.units);
                 prop_assert!(frame.form != Form::Plain || frame.units <= most);
                 came.extend(by_unit(&units));
             }
             came.sort_by_key(|(index, _)| *index);
             prop_assert_eq!(came, by_unit(&units));
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use whimbrel_engine::codec::Policy;
+use whimbrel_engine::delta::Policy as Delta;
 use whimbrel_engine::switchover::Record;
 use whimbrel_qemu::stream::StreamLayout;
 use xxhash_rust::xxh3::xxh3_64;
@@ -33,6 +34,9 @@ const LATENCY: &str = "guest-latency";
 
 /// How the migration writes content, as the operator wants it.
 const COMPRESS: &str = "compress";
+
+/// Whether RAM may go as deltas.
+const DELTA: &str = "delta";
 
 /// Keeps the migration's limit, for a daemon that takes it up.
 pub fn save_bandwidth(folder: &Path, limit: RateLimit) -> Result<(), StateError> {
@@ -62,6 +66,16 @@ pub fn save_compress(folder: &Path, compress: Policy) -> Result<(), StateError> 
 /// What was kept; the default if there is nothing, or nothing that can be understood.
 pub fn read_compress(folder: &Path) -> Policy {
     kept(folder, COMPRESS)
+}
+
+/// Keeps whether RAM may go as deltas, for a daemon that takes the migration up.
+pub fn save_delta(folder: &Path, delta: Delta) -> Result<(), StateError> {
+    keep(folder, DELTA, delta)
+}
+
+/// What was kept; the default if there is nothing, or nothing that can be understood.
+pub fn read_delta(folder: &Path) -> Delta {
+    kept(folder, DELTA)
 }
 
 /// Writes down one of the operator's wishes, in a file of its own.

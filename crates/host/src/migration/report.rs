@@ -5,10 +5,12 @@ use std::time::Duration;
 use whimbrel_engine::space::{SpaceKind, UNIT};
 use whimbrel_wire::message::Fares;
 
+use super::deltas::DeltaCount;
 use super::easing::Easing;
 use super::flow::Flow;
 use crate::api::types::{
-    CodecUnits, DemandStats, GuestIo, MigrationReport, SentBytes, SpaceProgress, TimePart,
+    CodecUnits, DeltaStats, DemandStats, GuestIo, MigrationReport, SentBytes, SpaceProgress,
+    TimePart,
 };
 use crate::disk::DemandFigures;
 
@@ -64,6 +66,20 @@ pub fn codecs(flow: &Flow) -> CodecUnits {
         sum.zero += sent.zero;
     }
     sum
+}
+
+pub fn deltas(flow: &Flow) -> DeltaStats {
+    let mut sum = DeltaCount::default();
+    for info in flow.infos() {
+        sum.add(flow.sent(info.id).delta);
+    }
+    DeltaStats {
+        again: sum.again,
+        hits: sum.found,
+        units: sum.units,
+        saved: sum.saved,
+        cache: sum.kept * UNIT,
+    }
 }
 
 fn ms(us: u64) -> f64 {
@@ -138,6 +154,7 @@ pub fn outgoing(
         late_copies: fares.late_copies,
         sent: sent_bytes(flow),
         codecs: codecs(flow),
+        deltas: deltas(flow),
         demands: demands(fares),
         guest_io: guest_io(easing),
         outage_ms: millis(times.outage),

@@ -28,7 +28,9 @@ use crate::migration::departure::{Departure, Gear};
 use crate::migration::easing::Easing;
 use crate::migration::flow::Flow;
 use crate::migration::outgoing::{Command, Outgoing, Setup};
-use crate::migration::record::{MigrationJournal, save_bandwidth, save_compress, save_latency};
+use crate::migration::record::{
+    MigrationJournal, save_bandwidth, save_compress, save_delta, save_latency,
+};
 use errors::*;
 pub use views::first_view;
 
@@ -496,6 +498,7 @@ impl Service for Daemon {
         let bound = bound.unwrap_or(self.host.config.guest_latency);
         save_latency(&folder, bound)?;
         save_compress(&folder, request.compress)?;
+        save_delta(&folder, request.delta)?;
         let journal = MigrationJournal::open(&folder)?;
         let mut view = first_view(
             id.clone(),
@@ -505,6 +508,7 @@ impl Service for Daemon {
         );
         view.bandwidth = request.bandwidth;
         view.compress = request.compress;
+        view.delta = request.delta;
         let board = Arc::new(Board::new(view));
         let flow = Arc::new(Flow::default());
         let pace = self.host.pace.under(rate_of(request.bandwidth));
@@ -518,6 +522,8 @@ impl Service for Daemon {
             easing: easing.clone(),
             taken_up: false,
             compress: request.compress,
+            // By post-copy alone memory goes once.
+            delta: request.delta == Delta::On && request.ram != RamMode::Postcopy,
             ram_changes: changes,
         };
         let (commands, queue) = mpsc::channel(8);

@@ -32,6 +32,8 @@ pub fn first_view(
         sent: SentBytes::default(),
         codecs: CodecUnits::default(),
         compress: Compress::Auto,
+        delta: Delta::On,
+        deltas: DeltaStats::default(),
         bandwidth: RateLimit(None),
         rate: 0,
         eta: None,

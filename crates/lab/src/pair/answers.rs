@@ -169,6 +169,16 @@ pub struct CodecUnits {
     pub zero: u64,
 }
 
+/// Memory that went again.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct DeltaStats {
+    pub again: u64,
+    pub hits: u64,
+    pub units: u64,
+    pub saved: u64,
+    pub cache: u64,
+}
+
 impl SentBytes {
     pub fn total(self) -> u64 {
         self.demand + self.push + self.control
@@ -222,6 +232,8 @@ pub struct MigrationReport {
     pub sent: SentBytes,
     #[serde(default)]
     pub codecs: CodecUnits,
+    #[serde(default)]
+    pub deltas: DeltaStats,
     pub demands: DemandStats,
     #[serde(default)]
     pub guest_io: GuestIo,

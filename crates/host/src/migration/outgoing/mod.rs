@@ -503,6 +503,7 @@ impl Outgoing {
             done += (space.units_sent + forgotten).min(space.units_live);
         }
         let (sent, codecs) = (report::sent_bytes(flow), report::codecs(flow));
+        let deltas = report::deltas(flow);
         let demands = report::demands(&self.fares);
         let rtt = self.setup.link.pulse.rtt();
         let alive = self.setup.link.pulse.is_alive();
@@ -512,6 +513,7 @@ impl Outgoing {
             view.spaces = view_spaces;
             view.sent = sent;
             view.codecs = codecs;
+            view.deltas = deltas;
             view.demands = demands;
             view.link.rtt_ms = rtt.map(|r| r.as_secs_f64() * 1e3);
             if view.link.connected && !alive {
