@@ -506,7 +506,7 @@ impl Outgoing {
         let demands = report::demands(&self.fares);
         let rtt = self.setup.link.pulse.rtt();
         let alive = self.setup.link.pulse.is_alive();
-        let held_to = self.setup.easing.cap().map(|bytes| bytes * 8);
+        let held_to = self.setup.easing.held_to().map(|bytes| bytes * 8);
         self.setup.board.update(|view| {
             view.push_held_to = held_to;
             view.spaces = view_spaces;
