@@ -8,4 +8,6 @@
 pub mod frame;
 pub mod message;
 pub mod pack;
+#[cfg(test)]
+mod previous;
 pub mod units;
