@@ -306,6 +306,27 @@ pub enum VolumeCommand {
         #[arg(long, value_enum, default_value_t)]
         format: StoreArg,
     },
+    /// Serve a volume over TCP as an NBD export, until this command is ended
+    ///
+    /// For tools on other computers; no machine may run on the volume meanwhile. With --tls only clients with a
+    /// certificate of the folder's authority are let in. Without it, whoever reaches the port may read the volume:
+    /// at 127.0.0.1 every user of this computer.
+    Serve {
+        /// The volume
+        name: Name,
+        /// Where clients connect: an address of this host, or 0.0.0.0, and a port
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10809")]
+        tcp: SocketAddr,
+        /// A folder with ca-cert.pem, server-cert.pem and server-key.pem; made, with a client's, if there is none
+        #[arg(long, value_name = "DIR", conflicts_with = "plain_text")]
+        tls: Option<PathBuf>,
+        /// Without TLS beyond this computer: everybody on the way can read what passes, and change it
+        #[arg(long)]
+        plain_text: bool,
+        /// Let clients write
+        #[arg(long)]
+        writable: bool,
+    },
     /// Make another volume of the same content, sharing room where the file system can
     Clone {
         /// The volume
@@ -595,6 +616,9 @@ mod tests {
             "volume import root /i.qcow2 --to qcow2",
             "volume import root nbd://h/x --device /dev/sdb",
             "volume export root /o --format qcow2",
+            "volume serve root",
+            "volume serve root --tcp 0.0.0.0:10809 --tls /pki --writable",
+            "volume serve root --tcp 192.0.2.1:1 --plain-text",
             "volume clone root new",
             "volume resize root 20GiB",
             "volume resize root 1GiB --shrink",

@@ -10,6 +10,7 @@ use crate::state::{
     Timestamp, VolumeUuid,
 };
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 pub use whimbrel_engine::codec::Policy as Compress;
 use whimbrel_engine::space::SpaceKind;
@@ -191,6 +192,22 @@ pub struct ExportVolume {
     pub file: PathBuf,
     #[serde(default)]
     pub format: Format,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServeVolume {
+    /// Where clients connect.
+    pub address: SocketAddr,
+    /// The folder of certificates, made if there is none; absolute. Without, no TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PathBuf>,
+    /// Content may leave this computer without TLS.
+    #[serde(default)]
+    pub plain_text: bool,
+    /// Clients may write.
+    #[serde(default)]
+    pub writable: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -195,6 +195,15 @@ impl Service for Daemon {
         self.clone_of(name, request, progress).await
     }
 
+    async fn serve_volume(
+        &self,
+        name: Name,
+        request: ServeVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.serve_out(name, request, progress).await
+    }
+
     async fn resize_volume(
         &self,
         name: Name,
