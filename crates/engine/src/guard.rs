@@ -10,7 +10,8 @@
 //!                                                         up; until the first cut
 //!   slow            cap = half of what push used, a       then wait until the effect can be seen and what the
 //!                   quarter at first                      disk is behind with gets no less
-//!   calm            cap * 1.1 + 64 KiB/s; cap * 1.03      every period that used it
+//!   calm            cap * 1.1 + 64 KiB/s; cap * 1.03,     every period that used it
+//!                   or + 64 KiB/s if that is more,
 //!                   near what was cut last
 //!   in between      as it is
 //! ```
@@ -224,7 +225,7 @@ impl Guard {
         });
         let more = match (self.is_starting && keeps_up, near) {
             (true, _) => cap + cap / 2,
-            (false, true) => cap + cap * 3 / 100,
+            (false, true) => cap + (cap * 3 / 100).max(64 << 10),
             (false, false) => cap + cap / 10 + (64 << 10),
         };
         self.cap = Some(more.min(MOST));

@@ -9,8 +9,9 @@ use super::message::*;
 use whimbrel_engine::space::{Extent, SpaceId};
 use whimbrel_engine::switchover::{Epoch, Say};
 
-/// The features of the version before: without the newest bit.
-const PREVIOUS: u64 = FEATURES & !FEATURE_BACKLOG;
+/// The features of the version before.
+const PREVIOUS: u64 =
+    FEATURE_HEAT | FEATURE_AHEAD | FEATURE_ZSTD | FEATURE_FELT | FEATURE_GIVE_BACK;
 
 fn own(say: Say) -> Message {
     Message::Own { say, why: None }

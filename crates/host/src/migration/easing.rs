@@ -37,6 +37,8 @@ struct Inner {
     /// Bytes that push brought to disks in this period, and when that began.
     used: u64,
     begun: Option<Instant>,
+    /// Push had to wait in it: it would have used more.
+    waited: bool,
     /// Bytes that may go to disks, as of a moment; below zero what went ahead of its time.
     balance: f64,
     at: Option<Instant>,
@@ -60,6 +62,7 @@ impl Easing {
                 backlog_us: 0,
                 used: 0,
                 begun: None,
+                waited: false,
                 balance: 0.0,
                 at: None,
             }),
@@ -92,6 +95,7 @@ impl Easing {
         if inner.balance >= 0.0 {
             return Duration::ZERO;
         }
+        inner.waited = true;
         // The guard never holds push altogether.
         let wait = Duration::from_secs_f64(-inner.balance / cap as f64);
         wait.clamp(Duration::from_millis(1), PERIOD)
@@ -128,10 +132,16 @@ impl Easing {
             let over = now.saturating_duration_since(begun).as_secs_f64();
             (used as f64 / over.max(1e-3)) as u64
         });
-        // At the old rate until now.
-        if let Some(cap) = inner.guard.cap() {
-            inner.refill(cap, now);
-        }
+        let waited = std::mem::take(&mut inner.waited);
+        let used = match inner.guard.cap() {
+            Some(cap) => {
+                // At the old rate until now.
+                inner.refill(cap, now);
+                // A frame may be more than a period's worth, and the next period's then nothing.
+                if waited { used.max(cap) } else { used }
+            }
+            None => used,
+        };
         let (p99, requests) = (heard.quantile(0.99), heard.len());
         inner.guard.period(heard, backlog, used);
         let cap = inner.guard.cap();
