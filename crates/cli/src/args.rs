@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use whimbrel_host::api::{Compress, Delta, Format, ImageFormat, RamMode};
+use whimbrel_host::api::{Compress, Delta, Format, ImageFormat, RamMode, RamOrder};
 use whimbrel_host::state::{ByteSize, LatencyBound, Name, RateLimit};
 use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::key_id::KeyId;
@@ -306,6 +306,27 @@ pub enum VolumeCommand {
         #[arg(long, value_enum, default_value_t)]
         format: StoreArg,
     },
+    /// Serve a volume over TCP as an NBD export, until this command is ended
+    ///
+    /// For tools on other computers; no machine may run on the volume meanwhile. With --tls only clients with a
+    /// certificate of the folder's authority are let in. Without it, whoever reaches the port may read the volume:
+    /// at 127.0.0.1 every user of this computer.
+    Serve {
+        /// The volume
+        name: Name,
+        /// Where clients connect: an address of this host, or 0.0.0.0, and a port
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:10809")]
+        tcp: SocketAddr,
+        /// A folder with ca-cert.pem, server-cert.pem and server-key.pem; made, with a client's, if there is none
+        #[arg(long, value_name = "DIR", conflicts_with = "plain_text")]
+        tls: Option<PathBuf>,
+        /// Without TLS beyond this computer: everybody on the way can read what passes, and change it
+        #[arg(long)]
+        plain_text: bool,
+        /// Let clients write
+        #[arg(long)]
+        writable: bool,
+    },
     /// Make another volume of the same content, sharing room where the file system can
     Clone {
         /// The volume
@@ -437,6 +458,9 @@ pub struct Migrate {
     /// Whether memory that goes again may go as what changed of it: on or off
     #[arg(long, value_name = "SWITCH", default_value = "on")]
     pub delta: Delta,
+    /// With --ram precopy: cold-first (what the guest writes all the time goes once, in the end) or address
+    #[arg(long, value_name = "ORDER", default_value = "cold-first")]
+    pub ram_order: RamOrder,
     /// Return at once instead of showing progress until it is over
     #[arg(long)]
     pub detach: bool,
@@ -540,7 +564,7 @@ mod tests {
     #[test]
     fn a_migration_can_be_told_everything() {
         let line = "migrate web1 --to b --bandwidth 80Mbit --guest-latency 20ms --hold --ram precopy \
-                    --compress zstd:6 --delta off --detach --json";
+                    --compress zstd:6 --delta off --ram-order address --detach --json";
         let cli = parse(line).unwrap();
         let Command::Migrate(m) = cli.command else {
             panic!()
@@ -550,6 +574,7 @@ mod tests {
         assert!(m.hold && m.detach && cli.global.json);
         assert_eq!(RamMode::from(m.ram), RamMode::Precopy);
         assert_eq!((m.compress, m.delta), (Compress::Level(6), Delta::Off));
+        assert_eq!(m.ram_order, RamOrder::Address);
     }
 
     #[test]
@@ -598,6 +623,9 @@ mod tests {
             "volume import root /i.qcow2 --to qcow2",
             "volume import root nbd://h/x --device /dev/sdb",
             "volume export root /o --format qcow2",
+            "volume serve root",
+            "volume serve root --tcp 0.0.0.0:10809 --tls /pki --writable",
+            "volume serve root --tcp 192.0.2.1:1 --plain-text",
             "volume clone root new",
             "volume resize root 20GiB",
             "volume resize root 1GiB --shrink",

@@ -28,6 +28,7 @@ pub async fn migrate(context: &Context, command: Migrate) -> Result<(), CliError
         guest_latency: command.guest_latency,
         compress: command.compress,
         delta: command.delta,
+        ram_order: command.ram_order,
     };
     let view: MigrationView = context.client.post("/v1/migrations", &request).await?;
     if command.detach {

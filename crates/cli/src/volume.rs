@@ -8,11 +8,13 @@ use crate::progress::ImportShow;
 use crate::show;
 use hyper::Method;
 use serde::Serialize;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use whimbrel_host::api::{
     CheckView, CheckVolume, CloneVolume, CreateVolume, ExportVolume, FindingKind, Format,
-    ImportProgress, ImportVolume, Listed, ResizeVolume, VolumeView,
+    ImportProgress, ImportVolume, Listed, ResizeVolume, ServeVolume, VolumeView,
 };
+use whimbrel_host::state::Name;
 
 pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), CliError> {
     let client = &context.client;
@@ -68,6 +70,37 @@ pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), Cli
             let path = format!("/v1/volumes/{name}/export");
             long_work(context, name.as_str(), &path, &request).await?;
             context.done(&format!("volume {name} is in {}", file.display()));
+        }
+        VolumeCommand::Serve {
+            name,
+            tcp,
+            tls,
+            plain_text,
+            writable,
+        } => {
+            let tls = tls.as_deref().map(whole_path).transpose()?;
+            let uri = uri_of(tcp, &name, tls.as_deref());
+            let request = ServeVolume {
+                address: tcp,
+                tls,
+                plain_text,
+                writable,
+            };
+            let path = format!("/v1/volumes/{name}/serve");
+            let mut is_told = false;
+            let news = |progress: ImportProgress| {
+                if progress.total > 0 && !std::mem::replace(&mut is_told, true) {
+                    let served = Served {
+                        volume: &name,
+                        uri: &uri,
+                        writable,
+                    };
+                    context.answer(&served, |served| served.text());
+                }
+            };
+            let _: VolumeView = client
+                .stream(Method::POST, &path, Some(&request), news)
+                .await?;
         }
         VolumeCommand::Clone { name, new, format } => {
             let shown = new.to_string();
@@ -125,6 +158,43 @@ pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), Cli
         }
     }
     Ok(())
+}
+
+/// Where a volume is served.
+#[derive(Serialize)]
+struct Served<'a> {
+    volume: &'a Name,
+    uri: &'a str,
+    writable: bool,
+}
+
+impl Served<'_> {
+    fn text(&self) -> String {
+        let how = if self.writable {
+            "to read and write"
+        } else {
+            "to read"
+        };
+        format!(
+            "volume {} is served {how} at\n  {}\nuntil this command is ended (Ctrl-C)",
+            self.volume, self.uri
+        )
+    }
+}
+
+/// What clients on this computer are given; others put their way to it in.
+fn uri_of(at: SocketAddr, name: &Name, tls: Option<&Path>) -> String {
+    let place = match at.ip().is_unspecified() {
+        true => format!("localhost:{}", at.port()),
+        false => at.to_string(),
+    };
+    match tls {
+        None => format!("nbd://{place}/{name}"),
+        Some(folder) => format!(
+            "nbds://{place}/{name}?tls-certificates={}",
+            folder.display()
+        ),
+    }
 }
 
 /// Sixteen lines of 64.

@@ -372,17 +372,30 @@ impl Outflow {
 
     /// The next units to push, at most `max`, all of one space.
     pub fn next_push(&mut self, max: u64) -> Option<Batch> {
-        while let Some((space, trail)) = self.near.front().copied() {
+        self.next_push_among(max, |_| true)
+    }
+
+    /// The same among spaces that may be pushed now; what others have keeps its place.
+    pub fn next_push_among(&mut self, max: u64, may: impl Fn(SpaceId) -> bool) -> Option<Batch> {
+        let mut at = 0;
+        while let Some((space, trail)) = self.near.get(at).copied() {
+            if !may(space) {
+                at += 1;
+                continue;
+            }
             let runs = self.at(space).pushable(trail, max);
             if let Some(last) = runs.last() {
-                self.near[0].1 = Extent::new(last.end(), trail.end() - last.end());
+                self.near[at].1 = Extent::new(last.end(), trail.end() - last.end());
                 return Some(self.take(space, Class::Push, runs));
             }
-            self.near.pop_front();
+            self.near.remove(at);
         }
         for preferred in [true, false] {
             for i in self.push_order.clone() {
                 let space = self.spaces[i].info.id;
+                if !may(space) {
+                    continue;
+                }
                 let runs = if preferred {
                     self.spaces[i].preferred_runs(max)
                 } else {

@@ -25,11 +25,47 @@ const LEVELS: [u8; 4] = [0, 8, 32, 100];
 /// Epochs after which what is left is what will be left.
 const SETTLED: u32 = 4;
 
+/// In which order pages go: `cold-first` or `address`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Colder pages first; those that the guest writes all the time are held.
+    #[default]
+    ColdFirst,
+    /// As they lie in memory, round after round.
+    Address,
+}
+
+/// What is no [`Order`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is neither cold-first nor address")]
+pub struct OrderError(String);
+
+impl std::str::FromStr for Order {
+    type Err = OrderError;
+
+    fn from_str(text: &str) -> Result<Order, OrderError> {
+        match text {
+            "cold-first" => Ok(Order::ColdFirst),
+            "address" => Ok(Order::Address),
+            _ => Err(OrderError(text.to_string())),
+        }
+    }
+}
+
+impl std::fmt::Display for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Order::ColdFirst => "cold-first",
+            Order::Address => "address",
+        })
+    }
+}
+
 /// How the pages are chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Choice {
-    /// Colder pages first, hot ones held; else all in the order of addresses.
-    pub reorder: bool,
+    pub order: Order,
     /// Hot pages of which the peer has no copy at all go as well.
     pub first_copies: bool,
 }
@@ -87,9 +123,9 @@ impl Rounds {
             self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
             self.epoch_ends = now_ms + EPOCH;
         }
-        let goes = match choice.reorder {
-            true => self.let_go(out, choice.first_copies),
-            false => {
+        let goes = match choice.order {
+            Order::ColdFirst => self.let_go(out, choice.first_copies),
+            Order::Address => {
                 self.end(out);
                 true
             }
@@ -150,8 +186,8 @@ mod tests {
 
     const UNITS: u64 = 400;
     const RAM: SpaceId = SpaceId(0);
-    const REORDER: Choice = Choice {
-        reorder: true,
+    const COLD_FIRST: Choice = Choice {
+        order: Order::ColdFirst,
         first_copies: false,
     };
 
@@ -195,9 +231,13 @@ mod tests {
 
     #[test]
     fn what_is_written_all_the_time_goes_once_and_in_the_stop() {
-        let (sent, rest) = moved(REORDER, 10 * UNITS);
+        let (sent, rest) = moved(COLD_FIRST, 10 * UNITS);
         assert_eq!((sent, rest), (UNITS - 60, 60));
-        let (sent, rest) = moved(Choice::default(), 3 * UNITS);
+        let address = Choice {
+            order: Order::Address,
+            ..COLD_FIRST
+        };
+        let (sent, rest) = moved(address, 3 * UNITS);
         assert!(sent + rest >= 3 * UNITS, "{sent} {rest}");
     }
 
@@ -205,7 +245,7 @@ mod tests {
     fn for_deltas_each_hot_page_goes_a_first_time() {
         let choice = Choice {
             first_copies: true,
-            ..REORDER
+            ..COLD_FIRST
         };
         assert_eq!(moved(choice, 10 * UNITS), (UNITS, 60));
     }

@@ -11,4 +11,6 @@ pub mod frame;
 pub mod kept;
 pub mod message;
 pub mod pack;
+#[cfg(test)]
+mod previous;
 pub mod units;

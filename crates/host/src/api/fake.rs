@@ -434,6 +434,17 @@ impl Service for FakeService {
         self.known(name.as_str(), "root", view)
     }
 
+    async fn serve_volume(
+        &self,
+        name: Name,
+        request: ServeVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.note(format!("serve {name} {}", request.address));
+        progress.send_replace(ImportProgress { done: 0, total: 1 });
+        self.known(name.as_str(), "root", sample_volume())
+    }
+
     async fn resize_volume(
         &self,
         name: Name,

@@ -8,7 +8,7 @@
 //! | `GET`, `POST /v1/invitations` (`InviteRequest`) · `DELETE /v1/invitations/ID` | `Listed<InvitationView>`, `InviteView`, `InvitationView` |
 //! | `POST /v1/joins` (`JoinHost`) | `JoinView` |
 //! | `GET`, `POST /v1/volumes` (`CreateVolume`) · `GET`, `DELETE /v1/volumes/NAME` | `Listed<VolumeView>`, `VolumeView` |
-//! | `POST /v1/volumes/NAME/export` (`ExportVolume`) · `clone` (`CloneVolume`) | stream of `ImportLine` |
+//! | `POST /v1/volumes/NAME/export` (`ExportVolume`) · `clone` (`CloneVolume`) · `serve` (`ServeVolume`) | stream of `ImportLine` |
 //! | `POST /v1/volumes/NAME/resize` (`ResizeVolume`) · `check` (`CheckVolume`) | `VolumeView`, `CheckView` |
 //! | `GET /v1/volumes/NAME/map?cells=N` · `heat?top=N` | `MapView`, `HeatView` |
 //! | `POST /v1/imports` (`ImportVolume`) | stream of `ImportLine` |
@@ -80,6 +80,7 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
             get(volume::<S>).delete(remove_volume::<S>),
         )
         .route("/v1/volumes/{name}/export", post(export_volume::<S>))
+        .route("/v1/volumes/{name}/serve", post(serve_volume::<S>))
         .route("/v1/volumes/{name}/clone", post(clone_volume::<S>))
         .route("/v1/volumes/{name}/resize", post(resize_volume::<S>))
         .route("/v1/volumes/{name}/check", post(check_volume::<S>))
@@ -337,6 +338,20 @@ async fn clone_volume<S: Service>(
     let (progress, news) = watch::channel(ImportProgress::default());
     let service = s.service;
     let work = async move { service.clone_volume(name, request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn serve_volume<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<ServeVolume>,
+) -> Result<Response, ApiError> {
+    if let Some(folder) = &request.tls {
+        whole_path(folder, "folder of certificates")?;
+    }
+    let (progress, news) = watch::channel(ImportProgress::default());
+    let service = s.service;
+    let work = async move { service.serve_volume(name, request, progress).await };
     Ok(stream::import(work, news, s.stopping))
 }
 

@@ -59,6 +59,13 @@ pub trait Service: Send + Sync + 'static {
         request: CloneVolume,
         progress: watch::Sender<ImportProgress>,
     ) -> answer!(VolumeView);
+    /// Serves the volume over NBD; ends with its client only. There is a total once clients can connect.
+    fn serve_volume(
+        &self,
+        name: Name,
+        request: ServeVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> answer!(VolumeView);
     fn resize_volume(&self, name: Name, request: ResizeVolume) -> answer!(VolumeView);
     fn check_volume(&self, name: Name, request: CheckVolume) -> answer!(CheckView);
     /// What of the volume is where, in so many cells.

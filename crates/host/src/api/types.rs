@@ -10,9 +10,11 @@ use crate::state::{
     Timestamp, VolumeUuid,
 };
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 pub use whimbrel_engine::codec::Policy as Compress;
 pub use whimbrel_engine::delta::Policy as Delta;
+pub use whimbrel_engine::rounds::Order as RamOrder;
 use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::key_id::KeyId;
@@ -192,6 +194,22 @@ pub struct ExportVolume {
     pub file: PathBuf,
     #[serde(default)]
     pub format: Format,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServeVolume {
+    /// Where clients connect.
+    pub address: SocketAddr,
+    /// The folder of certificates, made if there is none; absolute. Without, no TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<PathBuf>,
+    /// Content may leave this computer without TLS.
+    #[serde(default)]
+    pub plain_text: bool,
+    /// Clients may write.
+    #[serde(default)]
+    pub writable: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -442,6 +460,9 @@ pub struct MigrateRequest {
     /// Whether memory that goes again may go as what changed of it: `on` or `off`.
     #[serde(default)]
     pub delta: Delta,
+    /// With pre-copy: in which order pages go.
+    #[serde(default)]
+    pub ram_order: RamOrder,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -84,6 +84,7 @@ pub fn zeroes_of(how: ZeroHow) -> Zeroes {
 impl Export for Disk {
     fn info(&self) -> ExportInfo {
         let mut info = ExportInfo::new(self.size());
+        info.read_only = self.read_only;
         info.contexts = vec![BASE_ALLOCATION.to_string(), RESIDENCY.to_string()];
         info.description = Some(format!("whimbrel volume {}", self.name()));
         info

@@ -59,6 +59,8 @@ pub struct Disk {
     size: u64,
     file: Arc<Backend>,
     mode: RwLock<Mode>,
+    /// Clients are told that they cannot write, whatever the mode.
+    read_only: bool,
     /// A guest has written or flushed since the mode last let it: proof that it ran here.
     touched: AtomicBool,
     /// Where the guest's reads and writes are logged, if anywhere.
@@ -72,8 +74,17 @@ impl Disk {
             size,
             file,
             mode: RwLock::new(mode),
+            read_only: false,
             touched: AtomicBool::new(false),
             heat: None,
+        }
+    }
+
+    /// The same disk, of which clients are told that they cannot write.
+    pub fn read_only(self) -> Self {
+        Disk {
+            read_only: true,
+            ..self
         }
     }
 

@@ -256,13 +256,9 @@ async fn control_out(
                 ping.as_mut().reset(next);
             }
             _ = period.tick() => {
-                // Disks feel content, whatever it was packed to on the link.
-                let content = life.gear.flow.content_sent();
                 let now = Instant::now();
                 let lives = life.pulse.is_alive() && !life.governor.has_long_queue(now);
-                let cap = life.gear.easing.period(content, now, lives);
-                let left = life.packing.left();
-                life.governor.cap(cap.map(|cap| (cap as f64 * left) as u64));
+                life.gear.easing.period(now, lives);
             }
         }
     }
@@ -337,7 +333,7 @@ impl Pusher {
         let mut job = PackJob::new(life.packing.clone(), self.can_unpack, granted);
         loop {
             let most = || governor.frame_units(job.left());
-            let (class, answer) = flow.next_push(most).await;
+            let (class, answer) = flow.next_push(most, &life.gear.easing).await;
             if class == CopyClass::Demand {
                 self.answer_demand(answer).await?;
                 continue;
@@ -366,8 +362,8 @@ impl Pusher {
                     took.handing += turned.elapsed();
                 }
             }
-            // While push yields to the guest, what it is held to is not what the link carries.
-            if !governor.is_capped() {
+            // While push yields to the guest, what it waits for is not the link.
+            if life.gear.easing.held_to().is_none() {
                 life.packing.sent(took, governor.allowed());
             }
         }

@@ -1,9 +1,14 @@
-//! Push yields to the guest: joins what the destination's guest feels with how much may be pushed.
+//! Push yields to the guest: joins what the destination's guest feels with how much may be pushed to disks.
 //!
 //! The destination tells in [`Message::Felt`](whimbrel_wire::message::Message::Felt) how long its guest's
-//! requests took; the source gathers that for a period and asks the engine's
-//! [`Guard`] what push may use. Both the decision and the operator's bound are
-//! the source's, as everything is that steers a move.
+//! requests took, and in [`Message::Backlog`](whimbrel_wire::message::Message::Backlog) how far its disk is
+//! behind with the copies; the source gathers that for a period and asks the engine's [`Guard`] what push may
+//! bring to disks. Both the decision and the operator's bound are the source's, as everything is that steers
+//! a move.
+//!
+//! Push of disk content waits for its turn *before* it is taken ([`disks_wait`](Easing::disks_wait)): RAM, what
+//! is demanded and what is zero go past it. Counted is content, whatever it is packed to on the link: that is
+//! what disks feel.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -16,8 +21,8 @@ use crate::state::LatencyBound;
 /// How often the guard is asked, and the destination tells.
 pub const PERIOD: Duration = Duration::from_micros(PERIOD_US);
 
-/// A bound that nothing reaches: the guard then only counts.
-const UNBOUND: u64 = u64::MAX;
+/// What was not used is kept for so long: late wake-ups cost no bandwidth, and no disk feels it.
+const BURST: f64 = 0.02;
 
 /// The guest's share of one migration.
 pub struct Easing {
@@ -29,19 +34,37 @@ struct Inner {
     heard: Latencies,
     /// How long a flush would have waited at the destination, at most.
     backlog_us: u64,
-    /// What content had been sent when the period began, and when that was.
-    admitted: Option<(u64, Instant)>,
+    /// Bytes that push brought to disks in this period, and when that began.
+    used: u64,
+    begun: Option<Instant>,
+    /// Push had to wait in it: it would have used more.
+    waited: bool,
+    /// Bytes that may go to disks, as of a moment; below zero what went ahead of its time.
+    balance: f64,
+    at: Option<Instant>,
+}
+
+impl Inner {
+    fn refill(&mut self, cap: u64, now: Instant) {
+        let before = self.at.replace(now).unwrap_or(now);
+        let earned = now.saturating_duration_since(before).as_secs_f64() * cap as f64;
+        self.balance = (self.balance + earned).min(cap as f64 * BURST);
+    }
 }
 
 impl Easing {
     pub fn new(bound: LatencyBound) -> Easing {
-        let us = bound.0.map_or(UNBOUND, |bound| bound.as_micros() as u64);
+        let us = bound.0.map(|bound| bound.as_micros() as u64);
         Easing {
             inner: Mutex::new(Inner {
                 guard: Guard::new(us),
                 heard: Latencies::default(),
                 backlog_us: 0,
-                admitted: None,
+                used: 0,
+                begun: None,
+                waited: false,
+                balance: 0.0,
+                at: None,
             }),
         }
     }
@@ -61,13 +84,40 @@ impl Easing {
         inner.backlog_us = inner.backlog_us.max(us);
     }
 
-    /// A period is over in which the bytes of content that were sent, all told, became `admitted`. Returns what
-    /// push may use from now on, in bytes of content a second. A link that does not live says nothing about disks.
-    pub fn period(&self, admitted: u64, now: Instant, link_lives: bool) -> Option<u64> {
+    /// How long push has to wait before it may bring anything to disks; at most a period, by when the answer may
+    /// be another one.
+    pub fn disks_wait(&self, now: Instant) -> Duration {
+        let mut inner = self.inner();
+        let Some(cap) = inner.guard.cap() else {
+            return Duration::ZERO;
+        };
+        inner.refill(cap, now);
+        if inner.balance >= 0.0 {
+            return Duration::ZERO;
+        }
+        inner.waited = true;
+        // The guard never holds push altogether.
+        let wait = Duration::from_secs_f64(-inner.balance / cap as f64);
+        wait.clamp(Duration::from_millis(1), PERIOD)
+    }
+
+    /// Push takes so many bytes for disks. May be more than there is room for: then the next wait longer.
+    pub fn to_disk(&self, bytes: u64, now: Instant) {
+        let mut inner = self.inner();
+        inner.used += bytes;
+        if let Some(cap) = inner.guard.cap() {
+            inner.refill(cap, now);
+            inner.balance -= bytes as f64;
+        }
+    }
+
+    /// A period is over. A link that does not live says nothing about disks.
+    pub fn period(&self, now: Instant, link_lives: bool) {
         let mut inner = self.inner();
         let heard = std::mem::take(&mut inner.heard);
         let backlog = std::mem::take(&mut inner.backlog_us);
-        let before = inner.admitted.replace((admitted, now));
+        let used = std::mem::take(&mut inner.used);
+        let begun = inner.begun.replace(now);
         // Of the disk the backlog tells, whatever the link does.
         let heard = if link_lives {
             heard
@@ -76,27 +126,35 @@ impl Easing {
         };
         if !link_lives && backlog == 0 {
             inner.guard.forget();
-            return inner.guard.cap();
+            return;
         }
-        let used = before.map_or(0, |(bytes, at)| {
-            let over = now.saturating_duration_since(at).as_secs_f64();
-            let bytes = admitted.saturating_sub(bytes) as f64;
-            (bytes / over.max(1e-3)) as u64
+        let used = begun.map_or(0, |begun| {
+            let over = now.saturating_duration_since(begun).as_secs_f64();
+            (used as f64 / over.max(1e-3)) as u64
         });
-        if inner.guard.period(heard, backlog, used) {
-            tracing::debug!(cap = inner.guard.cap(), used, "push yields to the guest");
-        }
-        inner.guard.cap()
+        let waited = std::mem::take(&mut inner.waited);
+        let used = match inner.guard.cap() {
+            Some(cap) => {
+                // At the old rate until now.
+                inner.refill(cap, now);
+                // A frame may be more than a period's worth, and the next period's then nothing.
+                if waited { used.max(cap) } else { used }
+            }
+            None => used,
+        };
+        let (p99, requests) = (heard.quantile(0.99), heard.len());
+        inner.guard.period(heard, backlog, used);
+        let cap = inner.guard.cap();
+        tracing::trace!(cap, used, backlog, p99, requests, "push beside the guest");
     }
 
-    /// What push may use now; `None`: all that the link takes.
-    pub fn cap(&self) -> Option<u64> {
-        self.inner().guard.cap()
+    /// What push to disks is held to now, if it is.
+    pub fn held_to(&self) -> Option<u64> {
+        self.inner().guard.held_to()
     }
 
     pub fn bound(&self) -> LatencyBound {
-        let us = self.inner().guard.bound_us();
-        LatencyBound((us != UNBOUND).then_some(Duration::from_micros(us)))
+        LatencyBound(self.inner().guard.bound_us().map(Duration::from_micros))
     }
 
     pub fn figures(&self) -> GuardFigures {
@@ -107,6 +165,7 @@ impl Easing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use whimbrel_engine::guard::FIRST;
 
     fn slow() -> Latencies {
         let mut felt = Latencies::default();
@@ -114,14 +173,50 @@ mod tests {
         felt
     }
 
+    /// A period in which push takes what it may, a frame at a time.
+    fn pushing(easing: &Easing, begun: Instant) -> u64 {
+        let mut pushed = 0;
+        for ms in 0..PERIOD.as_millis() as u64 {
+            let now = begun + Duration::from_millis(ms);
+            while easing.disks_wait(now).is_zero() {
+                easing.to_disk(64 << 10, now);
+                pushed += 64 << 10;
+            }
+        }
+        pushed
+    }
+
     #[test]
-    fn a_slow_guest_leaves_push_a_quarter_of_what_it_used() {
+    fn push_brings_to_disks_what_the_guard_allows() {
         let easing = Easing::new(LatencyBound::default());
         let begun = Instant::now();
-        assert_eq!(easing.period(0, begun, true), None);
+        easing.period(begun, true);
+        let quarter = FIRST as i64 / 4;
+        let pushed = pushing(&easing, begun) as i64;
+        assert!((pushed - quarter).abs() < 192 << 10, "{pushed}");
         easing.heard(&slow());
-        let cap = easing.period(1_000_000, begun + PERIOD, true);
-        assert_eq!(cap, Some(1_000_000));
+        easing.period(begun + PERIOD, true);
+        let pushed = pushing(&easing, begun + PERIOD) as i64;
+        assert!((pushed - quarter / 4).abs() < 192 << 10, "{pushed}");
+    }
+
+    #[test]
+    fn a_wait_is_enough_and_never_for_ever() {
+        let easing = Easing::new(LatencyBound::default());
+        let mut now = Instant::now();
+        easing.to_disk(1 << 30, now);
+        let mut waited = Duration::ZERO;
+        loop {
+            let wait = easing.disks_wait(now);
+            if wait.is_zero() {
+                break;
+            }
+            assert!(wait <= PERIOD);
+            now += wait;
+            waited += wait;
+        }
+        let exact = (1_u64 << 30) as f64 / FIRST as f64;
+        assert!((waited.as_secs_f64() - exact).abs() < 0.3, "{waited:?}");
     }
 
     #[test]
@@ -130,10 +225,9 @@ mod tests {
         let begun = Instant::now();
         for n in 0..8 {
             easing.heard(&slow());
-            assert_eq!(
-                easing.period(n * 1_000_000, begun + PERIOD * n as u32, true),
-                None
-            );
+            easing.to_disk(1 << 30, begun);
+            easing.period(begun + PERIOD * n, true);
+            assert_eq!(easing.disks_wait(begun), Duration::ZERO);
         }
         assert_eq!(easing.figures().requests, 80);
         assert_eq!(easing.bound(), LatencyBound(None));
@@ -143,13 +237,12 @@ mod tests {
     fn what_came_through_an_outage_does_not_count() {
         let easing = Easing::new(LatencyBound::default());
         let begun = Instant::now();
+        let cap = || easing.inner().guard.cap();
         easing.heard(&slow());
-        assert_eq!(easing.period(0, begun, false), None);
+        easing.period(begun, false);
+        assert_eq!(cap(), Some(FIRST));
         easing.heard(&slow());
-        assert_eq!(
-            easing.period(0, begun + PERIOD, true),
-            None,
-            "still the outage's"
-        );
+        easing.period(begun + PERIOD, true);
+        assert_eq!(cap(), Some(FIRST), "still the outage's");
     }
 }

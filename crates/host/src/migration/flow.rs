@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{Notify, watch};
@@ -13,6 +14,7 @@ use whimbrel_volume::backend::Backend;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
 use super::deltas::DeltaCount;
+use super::easing::Easing;
 use super::packing::{Form, Frame};
 
 /// Units of one demanded frame: small, so that several demands take turns.
@@ -236,13 +238,6 @@ impl Flow {
         self.inner().sent[usize::from(space.0)]
     }
 
-    /// Bytes of content handed to the link so far, all spaces together.
-    pub fn content_sent(&self) -> u64 {
-        let inner = self.inner();
-        let units: u64 = inner.sent.iter().map(|sent| sent.units).sum();
-        units * UNIT
-    }
-
     /// The next demanded units for a push connection, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {
@@ -254,10 +249,11 @@ impl Flow {
     }
 
     /// The next units for a push connection: what is demanded and not yet on its way, else what is to be
-    /// pushed, `most` at a time. Waits.
-    pub async fn next_push(&self, most: impl Fn() -> u64) -> (CopyClass, Answer) {
+    /// pushed, `most` at a time. What goes to disks waits for its turn beside the guest, and nothing waits
+    /// behind it. Waits.
+    pub async fn next_push(&self, most: impl Fn() -> u64, easing: &Easing) -> (CopyClass, Answer) {
         loop {
-            {
+            let disks_wait = {
                 let mut inner = self.inner();
                 if let Some(answer) = take_beside_lane(&mut inner) {
                     return (CopyClass::Demand, answer);
@@ -266,12 +262,30 @@ impl Flow {
                     inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Zero(space, run));
                 }
-                if let Some(batch) = inner.out.next_push(most()) {
+                let now = Instant::now();
+                let wait = easing.disks_wait(now);
+                let Inner { out, contents, .. } = &mut *inner;
+                let is_disk =
+                    |space: SpaceId| matches!(contents[usize::from(space.0)], Content::Disk(_));
+                let may = |space| wait.is_zero() || !is_disk(space);
+                if let Some(batch) = out.next_push_among(most(), may) {
+                    if is_disk(batch.space) {
+                        easing.to_disk(batch.units() * UNIT, now);
+                    }
                     inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Batch(batch));
                 }
+                let has_more = out
+                    .infos()
+                    .any(|info| is_disk(info.id) && out.has_pushable(info.id));
+                has_more.then_some(wait)
+            };
+            match disks_wait {
+                Some(wait) => {
+                    let _ = tokio::time::timeout(wait, self.pushable.notified()).await;
+                }
+                None => self.pushable.notified().await,
             }
-            self.pushable.notified().await;
         }
     }
 

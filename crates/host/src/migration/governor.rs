@@ -192,8 +192,6 @@ struct Inner {
     looked: Option<Instant>,
     /// Holding back until then.
     looking: Option<Instant>,
-    /// Bytes a second that push may use for the guest's sake.
-    cap: Option<u64>,
 }
 
 /// What the last window gave, in bytes a second.
@@ -221,7 +219,6 @@ impl Inner {
             quiet: 0,
             looked: None,
             looking: None,
-            cap: None,
         }
     }
 
@@ -410,8 +407,7 @@ impl Inner {
         } else {
             1.0
         };
-        let rate = (self.rate * factor) as u64;
-        Rate::PerSecond(rate.min(self.cap.unwrap_or(u64::MAX)))
+        Rate::PerSecond((self.rate * factor) as u64)
     }
 }
 
@@ -447,14 +443,7 @@ impl Governor {
 
     /// What push may send at most, in bytes a second.
     pub fn allowed(&self) -> u64 {
-        let inner = self.inner();
-        (inner.rate as u64).min(inner.cap.unwrap_or(u64::MAX))
-    }
-
-    /// Whether push is held to less than the link takes.
-    pub fn is_capped(&self) -> bool {
-        let inner = self.inner();
-        inner.cap.is_some_and(|cap| (cap as f64) < inner.rate)
+        self.inner().rate as u64
     }
 
     /// Whether the link has, or just had, a queue that is felt.
@@ -476,17 +465,6 @@ impl Governor {
             governor: self,
             gauge,
         }
-    }
-
-    /// Push uses no more than this, whatever the link takes. What it does not use teaches nothing about the
-    /// link.
-    pub fn cap(&self, cap: Option<u64>) {
-        let pace = {
-            let mut inner = self.inner();
-            inner.cap = cap;
-            inner.pace()
-        };
-        self.pace.set_rate(pace);
     }
 
     /// How often the link is to be timed.

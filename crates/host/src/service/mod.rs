@@ -197,6 +197,15 @@ impl Service for Daemon {
         self.clone_of(name, request, progress).await
     }
 
+    async fn serve_volume(
+        &self,
+        name: Name,
+        request: ServeVolume,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<VolumeView, ApiError> {
+        self.serve_out(name, request, progress).await
+    }
+
     async fn resize_volume(
         &self,
         name: Name,
@@ -548,8 +557,8 @@ impl Service for Daemon {
             },
             ahead: matches!(request.ram, RamMode::Auto | RamMode::Hybrid),
             ram_order: Choice {
-                reorder: true,
-                first_copies: false,
+                order: request.ram_order,
+                first_copies: request.delta == Delta::On,
             },
             hold: request.hold,
             ram_changes,

@@ -6,6 +6,7 @@
 //! | `make` | a new volume: empty, or a device adopted as it is |
 //! | `bring`, `nbd`, `convert` | a volume from an image, a disk behind a URI, a format only QEMU reads |
 //! | `take` | a volume's content as a file or as another volume |
+//! | `serve`, `papers` | a volume as an NBD export over TCP, and the certificates for that |
 //! | `resize`, `check` | what their names say |
 //! | `heat`, `picture` | what the guest reads and writes, kept; and shown with what is here |
 //!
@@ -19,8 +20,10 @@ mod convert;
 pub mod heat;
 mod make;
 mod nbd;
+mod papers;
 mod picture;
 mod resize;
+mod serve;
 mod take;
 
 use crate::api::{ApiError, ErrorCode};
@@ -35,7 +38,7 @@ impl Daemon {
         let claim = self.host.claims.take(name).ok_or_else(|| {
             ApiError::new(
                 ErrorCode::Busy,
-                format!("volume `{name}` is being copied, resized or checked"),
+                format!("volume `{name}` is being copied, served, resized or checked"),
             )
             .machine_state("the volume was not touched")
             .next_step("try again when that is over")

@@ -34,6 +34,7 @@ use whimbrel_wire::message::{
     pack,
 };
 
+use self::precopy::RamPace;
 use super::board::Board;
 use super::departure::Departure;
 use super::easing::Easing;
@@ -120,6 +121,7 @@ pub struct Outgoing {
     layout_taken: bool,
     ahead: Option<Ahead>,
     rounds: Option<Rounds>,
+    ram_pace: RamPace,
     /// The first full pass over RAM is in this daemon's memory.
     collected: bool,
     may_switch: bool,
@@ -167,6 +169,7 @@ impl Outgoing {
             layout_taken: false,
             ahead: None,
             rounds: None,
+            ram_pace: RamPace::default(),
             collected: false,
             may_switch,
             link_up: false,
@@ -480,10 +483,8 @@ impl Outgoing {
             self.setup.board.state(MigrationState::Held);
             return;
         }
-        if self.ram_mode == RamMode::Precopy {
-            if !precopied {
-                return;
-            }
+        if self.ram_mode == RamMode::Precopy && !precopied {
+            return;
         }
         // The guest must not stop for a link that is away.
         if all_ahead && self.setup.link.pulse.is_alive() {
@@ -507,7 +508,7 @@ impl Outgoing {
         let demands = report::demands(&self.fares);
         let rtt = self.setup.link.pulse.rtt();
         let alive = self.setup.link.pulse.is_alive();
-        let held_to = self.setup.easing.cap().map(|bytes| bytes * 8);
+        let held_to = self.setup.easing.held_to().map(|bytes| bytes * 8);
         self.setup.board.update(|view| {
             view.push_held_to = held_to;
             view.spaces = view_spaces;

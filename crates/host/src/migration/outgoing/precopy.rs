@@ -1,6 +1,7 @@
 //! RAM by pre-copy, for destinations without userfaultfd: round after round while the guest runs, as [`Rounds`]
 //! decides, and the rest with the guest stopped, all of it before the grant.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use whimbrel_engine::rounds::Rounds;
@@ -14,11 +15,41 @@ use crate::migration::lane::LinkEvent;
 /// How long the stop may take, when the last pages must cross the link first.
 pub(super) const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
 
+/// How far back the pace of memory is looked at, and over how many looks it is taken.
+const LATELY: Duration = Duration::from_secs(5);
+const PACE_OF: usize = 5;
+
 /// The guest is stopped when what is left would cross in this time...
 const REST: Duration = Duration::from_millis(300);
 
 /// ...or when this many times the guest's memory was sent: it will not get better, and must end.
 pub const MOST: u64 = 3;
+
+/// How fast memory crosses, at best, lately: bytes of content in a second. What goes as deltas or packed crosses faster than the
+/// link's rate, and while the hot pages are held nothing crosses at all.
+#[derive(Debug, Default)]
+pub(super) struct RamPace {
+    /// Content sent by then.
+    looks: VecDeque<(Instant, u64)>,
+}
+
+impl RamPace {
+    fn sent(&mut self, now: Instant, bytes: u64) {
+        while self.looks.front().is_some_and(|(at, _)| now - *at > LATELY) {
+            self.looks.pop_front();
+        }
+        self.looks.push_back((now, bytes));
+    }
+
+    fn best(&self) -> u64 {
+        let looks = self.looks.iter();
+        let rates = looks.clone().zip(looks.skip(PACE_OF)).map(|(from, to)| {
+            let seconds = (to.0 - from.0).as_secs_f64();
+            ((to.1 - from.1) as f64 / seconds.max(1e-3)) as u64
+        });
+        rates.max().unwrap_or(0)
+    }
+}
 
 impl Outgoing {
     pub(super) fn begin_precopy(&mut self) {
@@ -70,7 +101,8 @@ impl Outgoing {
         let sent: u64 = (0..blocks)
             .map(|b| flow.sent(self.ram_space(b)).units * UNIT)
             .sum();
-        let rate = self.board().view().rate / 8;
+        self.ram_pace.sent(Instant::now(), sent);
+        let rate = self.ram_pace.best();
         let bytes = rest.units * UNIT;
         let soon = (rate as f64 * REST.as_secs_f64()) as u64;
         let may_stop = bytes <= soon || rest.is_settled || sent > self.ram_sent_limit;
