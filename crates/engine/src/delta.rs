@@ -130,8 +130,9 @@ impl Keeper {
         self.slots.len()
     }
 
-    /// A unit of a space of so many units is about to be sent. Also whether it was sent before.
-    pub fn next(&mut self, space: SpaceId, units: u64, unit: u64) -> (Place, bool) {
+    /// A unit of a space of so many units is about to be sent; `is_warm` if it was written to lately, so that it
+    /// will be sent again. Also whether it was sent before.
+    pub fn next(&mut self, space: SpaceId, units: u64, unit: u64, is_warm: bool) -> (Place, bool) {
         let sent = self
             .sent
             .entry(space)
@@ -140,6 +141,8 @@ impl Keeper {
         let place = match self.places.get(&(space, unit)) {
             Some(&slot) => Place::Against(slot),
             None if self.closed => Place::Forget,
+            // Most of memory is only read: it would take the slots of what is sent again.
+            None if !is_warm && !is_again => Place::Forget,
             None if self.slots.len() < self.most => {
                 let slot = self.slots.len() as u16;
                 self.slots.push(Slot {
@@ -242,7 +245,7 @@ mod tests {
     const RAM: SpaceId = SpaceId(1);
 
     fn next(keeper: &mut Keeper, unit: u64) -> Place {
-        keeper.next(RAM, 1 << 20, unit).0
+        keeper.next(RAM, 1 << 20, unit, true).0
     }
 
     /// One round over memory; how many found their old content, all of it of use.
@@ -266,7 +269,7 @@ mod tests {
         assert_eq!(next(&mut keeper, 10), Place::Against(0));
         // Nothing has earned its place yet: the hand begins at the first slot.
         assert_eq!(next(&mut keeper, 12), Place::Keep(0));
-        assert_eq!(keeper.next(RAM, 1 << 20, 10), (Place::Keep(1), true));
+        assert_eq!(keeper.next(RAM, 1 << 20, 10, true), (Place::Keep(1), true));
         assert_eq!(next(&mut keeper, 12), Place::Against(0));
     }
 
@@ -342,7 +345,7 @@ mod tests {
             for (space, unit, helped) in events {
                 let space = SpaceId(space);
                 let held = table.iter().position(|held| *held == Some((space, unit)));
-                match keeper.next(space, 12, unit).0 {
+                match keeper.next(space, 12, unit, true).0 {
                     Place::Against(slot) => {
                         prop_assert_eq!(held, Some(usize::from(slot)));
                         keeper.helped(slot, helped);

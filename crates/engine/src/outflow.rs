@@ -274,6 +274,11 @@ impl Outflow {
         &self.spaces[usize::from(space.0)].sent
     }
 
+    /// Units that are still to go.
+    pub fn pending(&self, space: SpaceId) -> &UnitSet {
+        &self.spaces[usize::from(space.0)].pending
+    }
+
     /// Pending units of which the peer has, or may have, an older copy.
     pub fn old(&self, space: SpaceId) -> &UnitSet {
         &self.spaces[usize::from(space.0)].old

@@ -8,8 +8,8 @@
 //! hot pages go a first time while the guest runs.
 //!
 //! # Why it ends
-//! When nothing but hot pages was left for [`SETTLED`] epochs and they became no fewer, they will not: what is
-//! left is what the stop will cost, whenever it is made.
+//! When all that is not hot has gone once, and for [`SETTLED`] epochs what is left became no less, it will not: that
+//! is what the stop will cost, whenever it is made.
 
 use crate::outflow::Outflow;
 use crate::set::UnitSet;
@@ -19,8 +19,9 @@ use crate::write_heat::WriteHeat;
 /// Milliseconds of an epoch.
 pub const EPOCH: u64 = 500;
 
-/// Heat up to which a page goes, colder ones first. Above the last are those written in two epochs of three.
-const LEVELS: [u8; 4] = [0, 8, 32, 100];
+/// Heat up to which a page goes, colder ones first. Above the last are those written in the last three epochs: QEMU may tell of
+/// each only in every second one.
+const LEVELS: [u8; 4] = [0, 4, 12, 32];
 
 /// Epochs after which what is left is what will be left.
 const SETTLED: u32 = 4;
@@ -84,7 +85,7 @@ pub struct Rest {
 pub struct Rounds {
     blocks: Vec<(SpaceId, WriteHeat)>,
     epoch_ends: u64,
-    /// Fewest units left since only hot ones were, and epochs since they were fewer by a tenth.
+    /// Fewest units left since all had gone once, and epochs since they were fewer by a tenth.
     least: u64,
     unchanged: u32,
 }
@@ -123,15 +124,12 @@ impl Rounds {
             self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
             self.epoch_ends = now_ms + EPOCH;
         }
-        let goes = match choice.order {
+        match choice.order {
             Order::ColdFirst => self.let_go(out, choice.first_copies),
-            Order::Address => {
-                self.end(out);
-                true
-            }
-        };
+            Order::Address => self.end(out),
+        }
         let units = self.units(out);
-        if goes {
+        if choice.order == Order::Address || self.has_first_copies(out, choice.first_copies) {
             self.least = u64::MAX;
             self.unchanged = 0;
         } else if units < self.least - self.least / 10 {
@@ -146,10 +144,22 @@ impl Rounds {
         }
     }
 
-    /// Lets the coldest go that there are; whether there are any.
-    fn let_go(&self, out: &mut Outflow, first_copies: bool) -> bool {
+    /// Whether something is to go for the first time while the guest runs.
+    fn has_first_copies(&self, out: &Outflow, of_hot: bool) -> bool {
+        self.blocks.iter().any(|(space, heat)| {
+            let mut first = out.pending(*space).clone();
+            first.subtract(out.old(*space));
+            if !of_hot {
+                first.subtract(&heat.hotter_than(LEVELS[LEVELS.len() - 1]));
+            }
+            !first.is_empty()
+        })
+    }
+
+    /// Lets the coldest go that there are.
+    fn let_go(&self, out: &mut Outflow, first_copies: bool) {
         let last = LEVELS.len() - 1;
-        LEVELS.into_iter().enumerate().any(|(at, level)| {
+        for (at, level) in LEVELS.into_iter().enumerate() {
             let mut rest = false;
             for (space, heat) in &self.blocks {
                 let mut kept = heat.hotter_than(level);
@@ -159,8 +169,10 @@ impl Rounds {
                 out.set_withheld(*space, &kept);
                 rest |= out.has_pushable(*space);
             }
-            rest
-        })
+            if rest {
+                return;
+            }
+        }
     }
 
     /// Everything may go: the guest has stopped.

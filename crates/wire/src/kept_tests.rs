@@ -199,7 +199,7 @@ proptest! {
                     Change::Moved(by) => page.rotate_left(by),
                     Change::All(seed) => *page = noise(seed),
                 }
-                let place = keeper.next(RAM, 16, unit as u64).0;
+                let place = keeper.next(RAM, 16, unit as u64, true).0;
                 let key = (RAM, unit as u64);
                 let written = here.write(key, page, place, &mut Tries(prefixed), &mut records);
                 if let Place::Against(slot) = place {

@@ -1,9 +1,11 @@
 //! The source's side of what a push connection keeps: who is kept, the content, and whether packing with old
 //! content pays. One for each connection, empty when it begins; see [`whimbrel_wire::kept`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use whimbrel_engine::delta::{Keeper, Place, Trial};
+use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::UNIT;
 use whimbrel_wire::delta::{PAGE, Page};
 use whimbrel_wire::kept::{Prefixing, Records, Table, Written};
@@ -36,15 +38,16 @@ impl DeltaCount {
 }
 
 /// What a batch is of.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Kind {
     Disk {
         ram_changes: bool,
     },
-    /// RAM of so many units in its block. While it changes, what is sent may be sent again.
+    /// While RAM changes, what is sent may be sent again.
     Ram {
-        units: u64,
         changes: bool,
+        /// Units that were written to since the copy began.
+        warm: Arc<UnitSet>,
     },
 }
 
@@ -86,15 +89,17 @@ impl Deltas {
         self.keeper.close();
     }
 
-    /// Writes units of a RAM block of so many; `None` if none of them is kept or was.
-    pub fn write(&mut self, content: &Units, units: u64, means: Means) -> Option<Batch> {
+    /// Writes units of a RAM block, of which these were written to lately; `None` if none of them is kept or was.
+    pub fn write(&mut self, content: &Units, warm: &UnitSet, means: Means) -> Option<Batch> {
         let mut records = Records::default();
         let mut count = DeltaCount::default();
         let mut has_slots = false;
         let each = content.runs.iter().flat_map(|run| run.start..run.end());
         for (unit, bytes) in each.zip(content.body.chunks_exact(PAGE)) {
             let page: &Page = bytes.try_into().expect("chunks are whole units");
-            let (place, is_again) = self.keeper.next(content.space, units, unit);
+            let (place, is_again) =
+                self.keeper
+                    .next(content.space, warm.capacity(), unit, warm.contains(unit));
             let mut asked = Asked {
                 trial: &mut self.trial,
                 means,

@@ -139,8 +139,8 @@ impl Life {
         let changes = *self.gear.ram_changes.borrow();
         match self.gear.flow.content(space) {
             Some(Content::Ram { .. }) => BatchKind::Ram {
-                units: self.gear.flow.units_of(space).unwrap_or_default(),
                 changes,
+                warm: self.gear.flow.written_of(space),
             },
             _ => BatchKind::Disk {
                 ram_changes: changes,

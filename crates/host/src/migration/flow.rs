@@ -71,6 +71,8 @@ struct Inner {
     sent: Vec<Sent>,
     /// By space: what the peer has old copies of, unless it says that it has evicted them.
     outdated: Vec<Option<UnitSet>>,
+    /// By space: units whose content changed since they were offered first.
+    written: Vec<Arc<UnitSet>>,
     zero_answers: VecDeque<(SpaceId, Extent)>,
     /// Zeroes that go the way of push, in order with it.
     zero_pushes: VecDeque<(SpaceId, Extent)>,
@@ -101,6 +103,7 @@ impl Default for Flow {
                 contents: Vec::new(),
                 sent: Vec::new(),
                 outdated: Vec::new(),
+                written: Vec::new(),
                 zero_answers: VecDeque::new(),
                 zero_pushes: VecDeque::new(),
                 frames: 0,
@@ -123,6 +126,7 @@ impl Flow {
     /// Adds the next space.
     pub fn add(&self, info: SpaceInfo, content: Content) {
         let mut inner = self.inner();
+        inner.written.push(Arc::new(UnitSet::empty(info.units())));
         inner.out.add(info);
         inner.contents.push(content);
         inner.sent.push(Sent::default());
@@ -215,6 +219,16 @@ impl Flow {
                 inner.out.forget(space, run);
             }
         }
+    }
+
+    /// These units of a space were written to: they will go again, or for the first time, and perhaps often.
+    pub fn written(&self, space: SpaceId, units: &UnitSet) {
+        Arc::make_mut(&mut self.inner().written[usize::from(space.0)]).union_with(units);
+    }
+
+    /// Units of a space that were written to since it is known.
+    pub fn written_of(&self, space: SpaceId) -> Arc<UnitSet> {
+        self.inner().written[usize::from(space.0)].clone()
     }
 
     /// The number of units of a space, if there is such a space.

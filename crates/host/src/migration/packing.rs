@@ -248,11 +248,11 @@ fn frames_with(
     };
     let began = Instant::now();
     let batch = match (kind, &mut tools.deltas) {
-        (Kind::Ram { units, changes }, Some(deltas)) => {
+        (Kind::Ram { changes, warm }, Some(deltas)) => {
             if !changes {
                 deltas.close();
             }
-            deltas.write(&content, units, means)
+            deltas.write(&content, &warm, means)
         }
         // RAM goes before disks once it does not change any more: this was the last of it.
         (Kind::Disk { ram_changes: false }, deltas) => {
@@ -447,15 +447,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use whimbrel_engine::outflow::Class;
+    use whimbrel_engine::set::UnitSet;
     use whimbrel_engine::space::SpaceId;
     use whimbrel_wire::kept::Table;
     use whimbrel_wire::units::MAX_UNITS;
 
     const DISK: super::Kind = super::Kind::Disk { ram_changes: true };
-    const RAM: super::Kind = super::Kind::Ram {
-        units: 1 << 20,
-        changes: true,
-    };
+    /// RAM that is written to everywhere.
+    fn ram(changes: bool) -> super::Kind {
+        super::Kind::Ram {
+            changes,
+            warm: Arc::new(UnitSet::full(1 << 20)),
+        }
+    }
 
     #[derive(Clone, Copy, Debug)]
     enum Kind {
@@ -587,16 +591,16 @@ mod tests {
         let mut job = PackJob::new(packing, true, 64);
         let mut table = Table::new(64);
         let noise = batch(&[(7, vec![Kind::Noise; 64])]);
-        let still = super::Kind::Ram {
-            units: 1 << 20,
-            changes: false,
-        };
+        let (changing, still) = (ram(true), ram(false));
         for (units, kind, least, most, deltas) in [
-            (noise.clone(), RAM, 64 * PAGE, 65 * PAGE, 0),
-            (changed(&noise), RAM, 64, 64 * 20, 64),
-            (noise.clone(), still, 64, 64 * 20, 64),
+            (noise.clone(), &changing, 64 * PAGE, 65 * PAGE, 0),
+            (changed(&noise), &changing, 64, 64 * 20, 64),
+            (noise.clone(), &still, 64, 64 * 20, 64),
         ] {
-            let frames = job.pack(units.clone(), kind, 32, 1_000_000).await.frames;
+            let frames = job
+                .pack(units.clone(), kind.clone(), 32, 1_000_000)
+                .await
+                .frames;
             assert_eq!(frames.len(), 2);
             let bytes: u64 = frames.iter().map(|f| f.parcel.wire_len()).sum();
             assert!((least..most).contains(&(bytes as usize)), "{bytes}");
@@ -639,7 +643,7 @@ mod tests {
             let mut table = slots.map(Table::new);
             let (again, means) = (changed(&units), Means { packs: true, link: 1, whole: PAGE });
             for units in [units.clone(), again, units] {
-            let all = frames_with(units.clone(), RAM, choice, most, means, &mut tools);
+            let all = frames_with(units.clone(), ram(true), choice, most, means, &mut tools);
             let mut came: Vec<_> = Vec::new();
             for frame in &all.frames {
                 let units = decoded_with(frame, table.as_mut());

@@ -23,6 +23,7 @@ use whimbrel_wire::message::{FEATURE_AHEAD, FEATURE_AHEAD_AGAIN, MAX_RUNS, Messa
 
 use super::Outgoing;
 use super::precopy::PATIENCE_IN_STOP;
+use crate::migration::spaces;
 
 impl Outgoing {
     /// Brings ahead what can be; whether the guest may stop as far as this goes.
@@ -90,6 +91,7 @@ impl Outgoing {
 
     /// Notes what was written to since the last look.
     fn refresh_ahead(&mut self) {
+        let disks = self.setup.disks.len();
         let (Some(ram), Some(ahead)) = (&self.ram, &mut self.ahead) else {
             return;
         };
@@ -97,6 +99,7 @@ impl Outgoing {
             let dirtied = ram.store().take_dirtied(block);
             if !dirtied.is_empty() {
                 let flow = &self.setup.flow;
+                flow.written(spaces::ram_id(disks, block), &dirtied);
                 flow.change(|out| ahead.written(out, block, &dirtied));
             }
         }

@@ -11,6 +11,7 @@ use whimbrel_wire::message::Message;
 
 use super::Outgoing;
 use crate::migration::lane::LinkEvent;
+use crate::migration::spaces;
 
 /// How long the stop may take, when the last pages must cross the link first.
 pub(super) const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
@@ -31,6 +32,7 @@ pub const MOST: u64 = 3;
 pub(super) struct RamPace {
     /// Content sent by then.
     looks: VecDeque<(Instant, u64)>,
+    last: u64,
 }
 
 impl RamPace {
@@ -39,6 +41,10 @@ impl RamPace {
             self.looks.pop_front();
         }
         self.looks.push_back((now, bytes));
+        let best = self.best();
+        if best > 0 {
+            self.last = best;
+        }
     }
 
     fn best(&self) -> u64 {
@@ -75,6 +81,7 @@ impl Outgoing {
 
     /// Notes what QEMU sent again since the last look, or for the first time.
     fn refresh_precopy(&mut self) {
+        let disks = self.setup.disks.len();
         let (Some(ram), Some(rounds)) = (&self.ram, &mut self.rounds) else {
             return;
         };
@@ -82,6 +89,7 @@ impl Outgoing {
             let dirtied = ram.store().take_dirtied(block);
             if !dirtied.is_empty() {
                 let flow = &self.setup.flow;
+                flow.written(spaces::ram_id(disks, block), &dirtied);
                 flow.change(|out| rounds.written(out, block, &dirtied));
             }
         }
@@ -102,7 +110,7 @@ impl Outgoing {
             .map(|b| flow.sent(self.ram_space(b)).units * UNIT)
             .sum();
         self.ram_pace.sent(Instant::now(), sent);
-        let rate = self.ram_pace.best();
+        let rate = self.ram_pace.last;
         let bytes = rest.units * UNIT;
         let soon = (rate as f64 * REST.as_secs_f64()) as u64;
         let may_stop = bytes <= soon || rest.is_settled || sent > self.ram_sent_limit;
