@@ -9,7 +9,7 @@
 //!
 //! # Why it ends
 //! Nothing is waited for: as soon as no page is cold enough, that is all. Pages that go again are at most
-//! [`AGAIN`] of what was offered, unless the operator holds the switchover; then they go as long as he likes.
+//! `AGAIN` of what was offered, unless the operator holds the switchover; then they go as long as he likes.
 //!
 //! # The barrier
 //! ```text

@@ -21,7 +21,7 @@
 //! Why not simply the least recently used: memory goes in ascending order, round after round, and of a working
 //! set larger than the table each unit would be thrown out just before it comes again. Here most of the table
 //! stays as it is and helps in every round. When the guest turns to other memory, credit is gone after
-//! [`CREDIT`] rounds of the hand. Each decision takes the same short time.
+//! `CREDIT` rounds of the hand. Each decision takes the same short time.
 //!
 //! # The second way
 //! Content that was moved within its page is not helped by a list of changed bytes, but packing with the old

@@ -8,7 +8,7 @@
 //! hot pages go a first time while the guest runs.
 //!
 //! # Why it ends
-//! When all that is not hot has gone once, and for [`SETTLED`] epochs what is left became no less, it will not: that
+//! When all that is not hot has gone once, and for `SETTLED` epochs what is left became no less, it will not: that
 //! is what the stop will cost, whenever it is made.
 
 use crate::outflow::Outflow;

@@ -507,7 +507,7 @@ mod tests {
     fn the_machine_is_read_off_the_command_line() {
         let line = b"qemu\0-name\0guest=m\0-machine\0pc-q35-10.0,usb=off\0-accel\0tcg\0";
         assert_eq!(machine_of(line).as_deref(), Some("pc-q35-10.0"));
-        assert_eq!(machine_of(b"sleep\0100\0"), None);
+        assert_eq!(machine_of(b"sleep\x00100\x00"), None);
         assert_eq!(machine_of(b"qemu\0-machine\0"), None);
     }
 

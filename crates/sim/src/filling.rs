@@ -592,11 +592,9 @@ impl World {
                 }
                 Work::Fill(fill) => {
                     if let (Some(grant), Some(piece), true) =
-                        (&fill.grant, fill.pieces.last(), percent > 0)
+                        (&fill.grant, fill.pieces.last(), percent > 0 && !fill.again)
                     {
-                        if !fill.again {
-                            self.store(fill.space, grant, piece, percent);
-                        }
+                        self.store(fill.space, grant, piece, percent);
                     }
                 }
                 _ => {}

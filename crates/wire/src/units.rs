@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Encodings: `0` raw (4096 bytes a unit), `1` zero (no body), `2` packed (see [`pack`](mod@crate::pack)), `3` kept
-//! (see [`kept`](crate::kept)). A unit at the end of a space that is not a whole number of units travels as a whole
+//! (see [`crate::kept`]). A unit at the end of a space that is not a whole number of units travels as a whole
 //! unit, padded with zeroes.
 //!
 //! [`Units`] are content; a [`Parcel`] is how they are written this time. Whoever decodes sees content only:

@@ -4,7 +4,7 @@
 //! volume is had alone, as for a copy of it, and nothing starts on it meanwhile. Nobody may write unless that is
 //! asked for.
 //!
-//! Who may connect. With TLS, whoever has a certificate of the folder's authority ([`papers`](super::papers)).
+//! Who may connect. With TLS, whoever has a certificate of the folder's authority ([`super::papers`]).
 //! Without, whoever reaches the port: other users of this computer at a loopback address, and at any other address
 //! everybody on the network, who can also read and change what passes. So that must be asked for by a name of its
 //! own.
