@@ -518,11 +518,12 @@ pub fn report(r: &MigrationReport) -> String {
         (
             "sent",
             format!(
-                "{}; {} units for {} live ones ({ratio:.3}), {} of them ahead of the switch in vain",
+                "{}; {} units for {} live ones ({ratio:.3}), {} of them ahead of the switch in vain, {} several times",
                 bytes(r.sent.total()),
                 r.units_sent,
                 r.units_live,
-                r.units_outdated
+                r.units_outdated,
+                r.units_repeated
             ),
         ),
         ("content", content(r.sent, r.codecs, None)),

@@ -135,7 +135,7 @@ impl Ahead {
     fn let_go(&self, out: &mut Outflow, is_held: bool, again: bool) -> bool {
         let tallies = self.blocks.iter().map(|(space, _)| out.tally(*space));
         let (offered, repeated) = tallies.fold((0, 0), |(offered, repeated), tally| {
-            (offered + tally.live, repeated + tally.sent_again)
+            (offered + tally.live, repeated + tally.repeated)
         });
         let may_repeat = again && (is_held || repeated < offered / AGAIN);
         LEVELS.into_iter().any(|level| {
@@ -288,7 +288,7 @@ mod tests {
         assert_eq!(again, 3);
         assert!(now > 3 * EPOCH, "thought cold at once");
         assert!(out.outdate(RAM, &set(0, 0)).is_empty());
-        assert_eq!(out.tally(RAM).sent_again, 3);
+        assert_eq!(out.tally(RAM).repeated, 3);
     }
 
     #[test]
@@ -304,7 +304,7 @@ mod tests {
                 _ => break,
             }
         }
-        assert!(out.tally(RAM).sent_again <= UNITS / AGAIN + 8);
+        assert!(out.tally(RAM).repeated <= UNITS / AGAIN + 8);
         assert_eq!(ahead.step(&mut out, now, false, true), Step::Ends);
     }
 }

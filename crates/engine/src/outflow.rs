@@ -86,8 +86,10 @@ pub struct Tally {
     pub sent: u64,
     /// Live units that the destination no longer wanted: its guest wrote or discarded them first.
     pub forgotten: u64,
-    /// Units handed out more than once: a broken connection lost them, or they had changed.
+    /// Units handed out more than once, because a broken connection lost them.
     pub sent_again: u64,
+    /// Units handed out more than once, because their content had changed.
+    pub repeated: u64,
     /// Units sent ahead of the switchover whose content changed before it: sent in vain.
     pub outdated: u64,
 }
@@ -106,6 +108,7 @@ struct SpaceOut {
     live: UnitSet,
     forgotten: u64,
     sent_again: u64,
+    repeated: u64,
     outdated: u64,
     ever_sent: UnitSet,
     cursor: u64,
@@ -156,6 +159,7 @@ impl Outflow {
             ever_sent: none,
             forgotten: 0,
             sent_again: 0,
+            repeated: 0,
             outdated: 0,
             cursor: 0,
             info,
@@ -424,11 +428,14 @@ impl Outflow {
             s.preferred.remove(run);
             s.sent.insert(run);
             let old: Vec<Extent> = s.old.runs_within(run).collect();
-            for run in old {
-                s.old.remove(run);
-                s.again.insert(run);
+            let mut had = run.len - s.ever_sent.insert(run);
+            for part in old {
+                s.old.remove(part);
+                s.again.insert(part);
+                s.repeated += part.len;
+                had -= part.len;
             }
-            s.sent_again += run.len - s.ever_sent.insert(run);
+            s.sent_again += had;
         }
         Batch { space, class, runs }
     }
@@ -443,7 +450,7 @@ impl Outflow {
             for part in again {
                 s.again.remove(part);
                 s.old.insert(part);
-                s.sent_again -= part.len;
+                s.repeated -= part.len;
             }
             for part in s.old.gaps_within(run).collect::<Vec<_>>() {
                 s.ever_sent.remove(part);
@@ -520,6 +527,7 @@ impl Outflow {
             sent: s.sent.len(),
             forgotten: s.forgotten,
             sent_again: s.sent_again,
+            repeated: s.repeated,
             outdated: s.outdated,
         }
     }

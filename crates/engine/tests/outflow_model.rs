@@ -262,7 +262,8 @@ proptest! {
         let tally = out.tally(RAM);
         prop_assert_eq!(tally.live, held.len());
         if lost == 0 {
-            prop_assert_eq!(sent, held.len() + tally.outdated + tally.sent_again);
+            prop_assert_eq!(tally.sent_again, 0);
+            prop_assert_eq!(sent, held.len() + tally.outdated + tally.repeated);
         }
     }
 }

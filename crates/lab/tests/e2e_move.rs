@@ -21,7 +21,7 @@ fn a_running_machine_moves_and_verifies() {
     assert!(report.verified);
     assert_eq!(report.units_sent_again, 0);
     assert!(
-        report.units_sent <= report.units_live + report.units_outdated,
+        report.units_sent <= report.units_live + report.units_outdated + report.units_repeated,
         "{report:?}"
     );
     assert!(report.stop_to_resume_ms().is_some_and(|ms| ms > 0.0));

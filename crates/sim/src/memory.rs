@@ -215,7 +215,7 @@ impl World {
         if !vain.is_empty() {
             self.coverage.deed("pages went ahead in vain");
         }
-        if self.src.daemon.out.tally(space).sent_again > 0 {
+        if self.src.daemon.out.tally(space).repeated > 0 {
             self.coverage.deed("pages went ahead twice");
         }
         let sent = self.src.daemon.out.sent(space);

@@ -700,6 +700,9 @@ pub struct MigrationReport {
     /// Units sent more than once, because a broken connection had lost them.
     #[serde(default)]
     pub units_sent_again: u64,
+    /// Units sent more than once before the switch, because the guest had written to them.
+    #[serde(default)]
+    pub units_repeated: u64,
     /// Units sent ahead of the switch and once more after it, because the guest wrote to them in between.
     #[serde(default)]
     pub units_outdated: u64,

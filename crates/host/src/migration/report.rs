@@ -148,6 +148,7 @@ pub fn outgoing(
         drain_ms: times.drain.map(millis),
         units_live: tallies.iter().map(|(t, _)| t.live).sum(),
         units_sent: tallies.iter().map(|(_, s)| s.units).sum(),
+        units_repeated: tallies.iter().map(|(t, _)| t.repeated).sum(),
         units_sent_again: tallies.iter().map(|(t, _)| t.sent_again).sum(),
         units_outdated: tallies.iter().map(|(t, _)| t.outdated).sum(),
         units_forgotten: tallies.iter().map(|(t, _)| t.forgotten).sum(),

@@ -224,6 +224,8 @@ pub struct MigrationReport {
     #[serde(default)]
     pub units_sent_again: u64,
     #[serde(default)]
+    pub units_repeated: u64,
+    #[serde(default)]
     pub units_outdated: u64,
     #[serde(default)]
     pub units_forgotten: u64,

@@ -105,7 +105,7 @@ impl Journey {
                     problems.push(format!("{count} units were sent twice"));
                 }
                 let (sent, live) = (report.units_sent, report.units_live);
-                let outdated = report.units_outdated;
+                let outdated = report.units_outdated + report.units_repeated;
                 if sent > live + outdated {
                     problems.push(format!(
                         "{sent} units were sent of {live} live ones, {outdated} of them in vain"
