@@ -347,6 +347,9 @@ impl World {
         let unknown = !self.dst.daemon.offered && !self.dst.daemon.known;
         match message {
             Message::Prepare { epoch } => {
+                if unknown && self.dst.daemon.over.is_some() {
+                    return self.destination_says(Message::Own(Say::Refused { epoch }));
+                }
                 if unknown {
                     self.dst.switch = Destination::new(epoch);
                     self.dst.daemon.offered = true;

@@ -229,6 +229,13 @@ impl Incoming {
             Message::Prepare(offer) => {
                 let epoch = offer.epoch;
                 if self.offer.is_none() && !self.known {
+                    if self.over.is_some() {
+                        // Something was asked before there was an offer, and answered: this session will be gone
+                        // soon, and nothing may begin in it.
+                        self.refusal =
+                            Some("the session was over before the offer came".to_string());
+                        return self.say(Say::Refused { epoch }).await;
+                    }
                     self.switch = Destination::new(epoch);
                     if let Ok(name) = offer.machine.parse() {
                         self.setup.board.update(|view| view.machine = name);
