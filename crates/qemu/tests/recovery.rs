@@ -282,8 +282,9 @@ async fn a_feeder_dies_while_qemu_loads_its_devices() {
                 state: state @ (DestinationState::Gone | DestinationState::LostLoading),
             }) => {
                 assert!(!ran, "a guest that ran was lost");
+                // One that hangs may have said so first, too.
                 let proven = gave_up_loading(&log, logged).expect("the log");
-                assert_eq!(proven, state == DestinationState::Gone, "{}", words(&log));
+                assert!(proven || state != DestinationState::Gone, "{}", words(&log));
             }
             Err(other) => panic!("{other}"),
         }
