@@ -4,7 +4,7 @@
 //! A guest that runs before any of its memory is there touches hundreds of pages before it can answer a
 //! single packet, one round trip after the other. Nearly all of them (its kernel, its programs, its page
 //! tables) it only reads. So what is not written to goes first, then what has not been written to for a while,
-//! by [`WriteHeat`]; what is hot stays and goes after the switch. A page that is written to after it went was
+//! by [`WriteHeat`](crate::write_heat::WriteHeat); what is hot stays and goes after the switch. A page that is written to after it went was
 //! sent in vain: it goes again once it is colder still, or is named to the destination with the grant.
 //!
 //! # Why it ends
@@ -22,11 +22,7 @@
 use crate::outflow::Outflow;
 use crate::set::UnitSet;
 use crate::space::SpaceId;
-use crate::write_heat::WriteHeat;
-
-/// Milliseconds of an epoch: about what a pass of QEMU's over a few hundred dirty pages takes, and short
-/// beside a copy of memory.
-pub const EPOCH: u64 = 500;
+use crate::write_heat::Heats;
 
 /// Heat up to which a page may go, colder ones first. A page written once passes them after 0, 5 and 9 epochs,
 /// in reverse.
@@ -61,11 +57,8 @@ pub enum Step {
 /// What went, or is to go, ahead.
 #[derive(Clone, Debug)]
 pub struct Ahead {
-    /// RAM blocks, in the order of their spaces.
-    blocks: Vec<(SpaceId, WriteHeat)>,
+    heats: Heats,
     barrier: Barrier,
-    /// When the next epoch begins, in the caller's milliseconds.
-    epoch_ends: u64,
 }
 
 impl Ahead {
@@ -75,33 +68,22 @@ impl Ahead {
         held: impl IntoIterator<Item = (SpaceId, UnitSet)>,
         now_ms: u64,
     ) -> Self {
-        let blocks = held.into_iter().map(|(space, held)| {
-            out.offer_set(space, &held);
-            (space, WriteHeat::new(held.capacity()))
-        });
         Ahead {
-            blocks: blocks.collect(),
+            heats: Heats::begin(out, held, now_ms),
             barrier: Barrier::Open,
-            epoch_ends: now_ms + EPOCH,
         }
     }
 
     /// These units of a block have other content than before: what the destination has of them is old. They are
     /// kept back until the next [`step`](Self::step), for the destination may let nothing in.
     pub fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
-        if let Some((space, heat)) = self.blocks.get_mut(block) {
-            heat.written(units);
-            out.changed(*space, units);
-        }
+        self.heats.written(out, block, units);
     }
 
     /// Decides what may go now. `is_held`: the switchover waits for an operator. `again`: the destination takes a
     /// second copy of a page.
     pub fn step(&mut self, out: &mut Outflow, now_ms: u64, is_held: bool, again: bool) -> Step {
-        if now_ms >= self.epoch_ends {
-            self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
-            self.epoch_ends = now_ms + EPOCH;
-        }
+        self.heats.look(now_ms);
         match self.barrier {
             Barrier::Open if self.let_go(out, is_held, again) => Step::Going,
             Barrier::Open => Step::Ends,
@@ -133,35 +115,29 @@ impl Ahead {
 
     /// Lets the coldest go that there are; whether there are any.
     fn let_go(&self, out: &mut Outflow, is_held: bool, again: bool) -> bool {
-        let tallies = self.blocks.iter().map(|(space, _)| out.tally(*space));
+        let tallies = self.spaces().map(|space| out.tally(space));
         let (offered, repeated) = tallies.fold((0, 0), |(offered, repeated), tally| {
             (offered + tally.live, repeated + tally.repeated)
         });
         let may_repeat = again && (is_held || repeated < offered / AGAIN);
         LEVELS.into_iter().any(|level| {
-            let mut rest = false;
-            for (space, heat) in &self.blocks {
+            self.heats.withhold(out, |out, space, heat| {
                 let mut kept = heat.hotter_than(level);
-                let old = out.old(*space);
+                let old = out.old(space);
                 if !may_repeat {
                     kept.union_with(old);
                 } else if level > 0 {
                     // It was thought cold before, and was not.
                     kept.union_with(&heat.hotter_than(level / 4).intersection(old));
                 }
-                out.set_withheld(*space, &kept);
-                rest |= out.has_pushable(*space);
-            }
-            rest
+                kept
+            })
         })
     }
 
     fn keep_back(&self, out: &mut Outflow) {
-        for (space, heat) in &self.blocks {
-            let units = out.info(*space).map_or(0, |info| info.units());
-            debug_assert_eq!(heat.hotter_than(u8::MAX).capacity(), units);
-            out.set_withheld(*space, &UnitSet::full(units));
-        }
+        self.heats
+            .withhold(out, |_, _, heat| UnitSet::full(heat.units()));
     }
 
     /// The destination was told that this is all.
@@ -188,7 +164,7 @@ impl Ahead {
 
     /// The blocks' spaces.
     pub fn spaces(&self) -> impl Iterator<Item = SpaceId> + '_ {
-        self.blocks.iter().map(|(space, _)| *space)
+        self.heats.blocks().map(|(space, _)| space)
     }
 }
 
@@ -196,6 +172,7 @@ impl Ahead {
 mod tests {
     use super::*;
     use crate::space::{Extent, SpaceInfo, SpaceKind, UNIT};
+    use crate::write_heat::EPOCH;
 
     const UNITS: u64 = 320;
     const RAM: SpaceId = SpaceId(0);

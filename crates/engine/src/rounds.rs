@@ -3,7 +3,7 @@
 //! # The idea
 //! Everything goes once, and what was written to since goes again. Sent in the order of addresses, a page that
 //! is written to all the time goes in every round and in vain each time but the last. So colder pages go first,
-//! by [`WriteHeat`], and those in the write working set are held and go once, with the guest stopped (Svärd et
+//! by [`WriteHeat`](crate::write_heat::WriteHeat), and those in the write working set are held and go once, with the guest stopped (Svärd et
 //! al., dynamic page transfer reordering). If a later copy is cheap because an earlier one is there (deltas),
 //! hot pages go a first time while the guest runs.
 //!
@@ -14,10 +14,7 @@
 use crate::outflow::Outflow;
 use crate::set::UnitSet;
 use crate::space::SpaceId;
-use crate::write_heat::WriteHeat;
-
-/// Milliseconds of an epoch.
-pub const EPOCH: u64 = 500;
+use crate::write_heat::Heats;
 
 /// Heat up to which a page goes, colder ones first. Above the last are those written in the last three epochs: QEMU may tell of
 /// each only in every second one.
@@ -83,8 +80,7 @@ pub struct Rest {
 /// The rounds of one move.
 #[derive(Clone, Debug)]
 pub struct Rounds {
-    blocks: Vec<(SpaceId, WriteHeat)>,
-    epoch_ends: u64,
+    heats: Heats,
     /// Fewest units left since all had gone once, and epochs since they were fewer by a tenth.
     least: u64,
     unchanged: u32,
@@ -97,13 +93,8 @@ impl Rounds {
         held: impl IntoIterator<Item = (SpaceId, UnitSet)>,
         now_ms: u64,
     ) -> Self {
-        let blocks = held.into_iter().map(|(space, held)| {
-            out.offer_set(space, &held);
-            (space, WriteHeat::new(held.capacity()))
-        });
         Rounds {
-            blocks: blocks.collect(),
-            epoch_ends: now_ms + EPOCH,
+            heats: Heats::begin(out, held, now_ms),
             least: u64::MAX,
             unchanged: 0,
         }
@@ -111,24 +102,17 @@ impl Rounds {
 
     /// These units of a block have other content than before. They wait for the next [`step`](Self::step).
     pub fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
-        if let Some((space, heat)) = self.blocks.get_mut(block) {
-            heat.written(units);
-            out.changed(*space, units);
-        }
+        self.heats.written(out, block, units);
     }
 
     /// Decides what may go now.
     pub fn step(&mut self, out: &mut Outflow, now_ms: u64, choice: Choice) -> Rest {
-        let epoch_is_over = now_ms >= self.epoch_ends;
-        if epoch_is_over {
-            self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
-            self.epoch_ends = now_ms + EPOCH;
-        }
+        let epoch_is_over = self.heats.look(now_ms);
         match choice.order {
             Order::ColdFirst => self.let_go(out, choice.first_copies),
             Order::Address => self.end(out),
         }
-        let units = self.units(out);
+        let units = self.pending(out);
         if choice.order == Order::Address || self.has_first_copies(out, choice.first_copies) {
             self.least = u64::MAX;
             self.unchanged = 0;
@@ -146,9 +130,9 @@ impl Rounds {
 
     /// Whether something is to go for the first time while the guest runs.
     fn has_first_copies(&self, out: &Outflow, of_hot: bool) -> bool {
-        self.blocks.iter().any(|(space, heat)| {
-            let mut first = out.pending(*space).clone();
-            first.subtract(out.old(*space));
+        self.heats.blocks().any(|(space, heat)| {
+            let mut first = out.pending(space).clone();
+            first.subtract(out.old(space));
             if !of_hot {
                 first.subtract(&heat.hotter_than(LEVELS[LEVELS.len() - 1]));
             }
@@ -159,35 +143,28 @@ impl Rounds {
     /// Lets the coldest go that there are.
     fn let_go(&self, out: &mut Outflow, first_copies: bool) {
         let last = LEVELS.len() - 1;
-        for (at, level) in LEVELS.into_iter().enumerate() {
-            let mut rest = false;
-            for (space, heat) in &self.blocks {
-                let mut kept = heat.hotter_than(level);
-                if at == last && first_copies {
-                    kept = kept.intersection(out.old(*space));
+        // The first level at which something may go, else the last.
+        let _ = LEVELS.into_iter().enumerate().any(|(at, level)| {
+            self.heats.withhold(out, |out, space, heat| {
+                let kept = heat.hotter_than(level);
+                match at == last && first_copies {
+                    true => kept.intersection(out.old(space)),
+                    false => kept,
                 }
-                out.set_withheld(*space, &kept);
-                rest |= out.has_pushable(*space);
-            }
-            if rest {
-                return;
-            }
-        }
+            })
+        });
     }
 
     /// Everything may go: the guest has stopped.
     pub fn end(&self, out: &mut Outflow) {
-        for (space, heat) in &self.blocks {
-            out.set_withheld(*space, &UnitSet::empty(heat.units()));
-        }
+        self.heats
+            .withhold(out, |_, _, heat| UnitSet::empty(heat.units()));
     }
 
-    fn units(&self, out: &Outflow) -> u64 {
-        let pending = self
-            .blocks
-            .iter()
-            .map(|(space, _)| out.tally(*space).pending);
-        pending.sum()
+    /// Units that are still to go, those that are held included.
+    pub fn pending(&self, out: &Outflow) -> u64 {
+        let blocks = self.heats.blocks();
+        blocks.map(|(space, _)| out.tally(space).pending).sum()
     }
 }
 
@@ -195,6 +172,7 @@ impl Rounds {
 mod tests {
     use super::*;
     use crate::space::{Extent, SpaceInfo, SpaceKind, UNIT};
+    use crate::write_heat::EPOCH;
 
     const UNITS: u64 = 400;
     const RAM: SpaceId = SpaceId(0);

@@ -9,8 +9,13 @@
 //! Traps: what is known of writes is what the dirty log told: once for each of QEMU's passes, not for each write.
 //! Epochs are therefore the caller's and should be no shorter than a pass.
 
+use crate::outflow::Outflow;
 use crate::set::UnitSet;
-use crate::space::Extent;
+use crate::space::{Extent, SpaceId};
+
+/// Milliseconds of an epoch of [`Heats`]: about what a pass of QEMU's over a few hundred dirty pages takes, and
+/// short beside a copy of memory.
+pub const EPOCH: u64 = 500;
 
 /// What one epoch with a write adds.
 pub const STEP: u8 = 64;
@@ -82,6 +87,70 @@ impl WriteHeat {
     /// The unit's count.
     pub fn of(&self, unit: u64) -> u8 {
         self.counts[unit as usize]
+    }
+}
+
+/// The heat of all RAM blocks of a move while they are sent, each a space of an [`Outflow`].
+#[derive(Clone, Debug)]
+pub(crate) struct Heats {
+    /// In the order of their spaces.
+    blocks: Vec<(SpaceId, WriteHeat)>,
+    /// When the next epoch begins, in the caller's milliseconds.
+    epoch_ends: u64,
+}
+
+impl Heats {
+    /// `held` is what each block has content in; all of it is offered.
+    pub(crate) fn begin(
+        out: &mut Outflow,
+        held: impl IntoIterator<Item = (SpaceId, UnitSet)>,
+        now_ms: u64,
+    ) -> Self {
+        let blocks = held.into_iter().map(|(space, held)| {
+            out.offer_set(space, &held);
+            (space, WriteHeat::new(held.capacity()))
+        });
+        Heats {
+            blocks: blocks.collect(),
+            epoch_ends: now_ms + EPOCH,
+        }
+    }
+
+    /// These units of a block have other content than before: they are withheld until it is decided on them.
+    pub(crate) fn written(&mut self, out: &mut Outflow, block: usize, units: &UnitSet) {
+        if let Some((space, heat)) = self.blocks.get_mut(block) {
+            heat.written(units);
+            out.changed(*space, units);
+        }
+    }
+
+    /// Time has passed; whether an epoch is over.
+    pub(crate) fn look(&mut self, now_ms: u64) -> bool {
+        let is_over = now_ms >= self.epoch_ends;
+        if is_over {
+            self.blocks.iter_mut().for_each(|(_, heat)| heat.epoch());
+            self.epoch_ends = now_ms + EPOCH;
+        }
+        is_over
+    }
+
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (SpaceId, &WriteHeat)> {
+        self.blocks.iter().map(|(space, heat)| (*space, heat))
+    }
+
+    /// Withholds of each block what `kept` says; whether anything is left that may go.
+    pub(crate) fn withhold(
+        &self,
+        out: &mut Outflow,
+        kept: impl Fn(&Outflow, SpaceId, &WriteHeat) -> UnitSet,
+    ) -> bool {
+        let mut rest = false;
+        for (space, heat) in self.blocks() {
+            let kept = kept(out, space, heat);
+            out.set_withheld(space, &kept);
+            rest |= out.has_pushable(space);
+        }
+        rest
     }
 }
 

@@ -23,7 +23,6 @@ use whimbrel_wire::message::{FEATURE_AHEAD, FEATURE_AHEAD_AGAIN, MAX_RUNS, Messa
 
 use super::Outgoing;
 use super::precopy::PATIENCE_IN_STOP;
-use crate::migration::spaces;
 
 impl Outgoing {
     /// Brings ahead what can be; whether the guest may stop as far as this goes.
@@ -64,14 +63,7 @@ impl Outgoing {
     }
 
     async fn begin_ahead(&mut self) {
-        let Some(ram) = &self.ram else { return };
-        let store = ram.store();
-        let blocks = (0..ram.layout().blocks.len()).map(|block| {
-            // Cleared before anything is offered: what arrives from now on is noticed.
-            store.take_dirtied(block);
-            (self.ram_space(block), store.held(block))
-        });
-        let blocks: Vec<_> = blocks.collect();
+        let blocks = self.held_blocks();
         let now = self.now_ms();
         let ahead = self.setup.flow.change(|out| Ahead::begin(out, blocks, now));
         self.ahead = Some(ahead);
@@ -91,16 +83,11 @@ impl Outgoing {
 
     /// Notes what was written to since the last look.
     fn refresh_ahead(&mut self) {
-        let disks = self.setup.disks.len();
-        let (Some(ram), Some(ahead)) = (&self.ram, &mut self.ahead) else {
-            return;
-        };
-        for block in 0..ram.layout().blocks.len() {
-            let dirtied = ram.store().take_dirtied(block);
-            if !dirtied.is_empty() {
+        let dirtied = self.dirtied_blocks();
+        if let Some(ahead) = &mut self.ahead {
+            for (block, units) in dirtied {
                 let flow = &self.setup.flow;
-                flow.written(spaces::ram_id(disks, block), &dirtied);
-                flow.change(|out| ahead.written(out, block, &dirtied));
+                flow.change(|out| ahead.written(out, block, &units));
             }
         }
     }
@@ -125,11 +112,6 @@ impl Outgoing {
                 Step::Going | Step::Waiting | Step::Begins => {}
             }
             self.step_of_stop(until).await?;
-            if std::mem::take(&mut self.ram_taken)
-                && let Some(ahead) = &mut self.ahead
-            {
-                ahead.taken();
-            }
         }
     }
 

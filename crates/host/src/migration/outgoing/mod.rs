@@ -393,18 +393,21 @@ impl Outgoing {
                 self.event(SourceEvent::Heard(say));
             }
             Message::Ran { at_us } => self.ran_at(at_us),
-            Message::RamTaken => {
-                self.ram_taken = true;
-                if let Some(ahead) = &mut self.ahead {
-                    ahead.taken();
-                }
-            }
+            Message::RamTaken => self.ram_is_taken(),
             // From before the switch, with what is evicted by it.
             Message::Fares(_) if self.stopped.is_some() && self.ran.is_none() => {}
             Message::Fares(fares) => self.fares = fares,
             other => {
                 tracing::warn!(?other, "a message that has no place at a source is ignored");
             }
+        }
+    }
+
+    /// The destination has all of RAM that was sent so far.
+    fn ram_is_taken(&mut self) {
+        self.ram_taken = true;
+        if let Some(ahead) = &mut self.ahead {
+            ahead.taken();
         }
     }
 

@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use whimbrel_engine::rounds::Rounds;
-use whimbrel_engine::space::UNIT;
+use whimbrel_engine::set::UnitSet;
+use whimbrel_engine::space::{SpaceId, UNIT};
 use whimbrel_qemu::source::Handover;
 use whimbrel_wire::message::Message;
 
 use super::Outgoing;
 use crate::migration::lane::LinkEvent;
-use crate::migration::spaces;
 
 /// How long the stop may take, when the last pages must cross the link first.
 pub(super) const PATIENCE_IN_STOP: Duration = Duration::from_secs(30);
@@ -59,16 +59,12 @@ impl RamPace {
 
 impl Outgoing {
     pub(super) fn begin_precopy(&mut self) {
-        let Some(ram) = &self.ram else { return };
-        let store = ram.store();
-        let mut blocks = Vec::new();
-        for block in 0..ram.layout().blocks.len() {
-            store.take_dirtied(block);
-            let space = self.ram_space(block);
-            self.setup
-                .flow
-                .push_zeroes(space, store.zeros(block).runs());
-            blocks.push((space, store.held(block)));
+        let blocks = self.held_blocks();
+        if let Some(ram) = &self.ram {
+            for (block, (space, _)) in blocks.iter().enumerate() {
+                let zeros = ram.store().zeros(block);
+                self.setup.flow.push_zeroes(*space, zeros.runs());
+            }
         }
         let now = self.now_ms();
         let rounds = self
@@ -81,18 +77,40 @@ impl Outgoing {
 
     /// Notes what QEMU sent again since the last look, or for the first time.
     fn refresh_precopy(&mut self) {
-        let disks = self.setup.disks.len();
-        let (Some(ram), Some(rounds)) = (&self.ram, &mut self.rounds) else {
-            return;
-        };
-        for block in 0..ram.layout().blocks.len() {
-            let dirtied = ram.store().take_dirtied(block);
-            if !dirtied.is_empty() {
+        let dirtied = self.dirtied_blocks();
+        if let Some(rounds) = &mut self.rounds {
+            for (block, units) in dirtied {
                 let flow = &self.setup.flow;
-                flow.written(spaces::ram_id(disks, block), &dirtied);
-                flow.change(|out| rounds.written(out, block, &dirtied));
+                flow.change(|out| rounds.written(out, block, &units));
             }
         }
+    }
+
+    /// What each RAM block has content in, by its space; what arrives from now on is noticed.
+    pub(super) fn held_blocks(&self) -> Vec<(SpaceId, UnitSet)> {
+        let Some(ram) = &self.ram else {
+            return Vec::new();
+        };
+        let blocks = (0..ram.layout().blocks.len()).map(|block| {
+            // Cleared before it is looked at what is held.
+            ram.store().take_dirtied(block);
+            (self.ram_space(block), ram.store().held(block))
+        });
+        blocks.collect()
+    }
+
+    /// RAM blocks that were written to since the last look, each with the units.
+    pub(super) fn dirtied_blocks(&self) -> Vec<(usize, UnitSet)> {
+        let Some(ram) = &self.ram else {
+            return Vec::new();
+        };
+        let blocks = 0..ram.layout().blocks.len();
+        let dirtied = blocks.map(|block| (block, ram.store().take_dirtied(block)));
+        let dirtied = dirtied.filter(|(_, units)| !units.is_empty());
+        let dirtied = dirtied.inspect(|(block, units)| {
+            self.setup.flow.written(self.ram_space(*block), units);
+        });
+        dirtied.collect()
     }
 
     /// Lets the next pages go; whether the guest may stop as far as its memory goes.
@@ -124,14 +142,6 @@ impl Outgoing {
         may_stop
     }
 
-    fn ram_pending_bytes(&self) -> u64 {
-        let blocks = self.ram.as_ref().map_or(0, |r| r.layout().blocks.len());
-        (0..blocks)
-            .map(|b| self.setup.flow.tally(self.ram_space(b)).pending)
-            .sum::<u64>()
-            * UNIT
-    }
-
     /// With the guest stopped: the last pages cross, and the destination says that it has them all.
     pub(super) async fn finish_precopy(&mut self, handover: &Handover) -> Result<(), String> {
         let until = tokio::time::Instant::now() + PATIENCE_IN_STOP;
@@ -150,8 +160,9 @@ impl Outgoing {
             self.setup.flow.change(|out| rounds.end(out));
         }
         let frames = loop {
-            let all_handed_out =
-                self.ram_pending_bytes() == 0 && self.setup.flow.zeroes_are_pushed();
+            let rounds = self.rounds.as_ref();
+            let pending = rounds.map(|rounds| self.setup.flow.change(|out| rounds.pending(out)));
+            let all_handed_out = pending == Some(0) && self.setup.flow.zeroes_are_pushed();
             match self.setup.flow.frames().filter(|_| all_handed_out) {
                 Some(frames) => break frames,
                 None => self.step_of_stop(until).await?,
@@ -169,7 +180,7 @@ impl Outgoing {
         tokio::select! {
             event = self.setup.link.events.recv() => match event {
                 Some(LinkEvent::Heard(message)) if *message == Message::RamTaken => {
-                    self.ram_taken = true;
+                    self.ram_is_taken();
                 }
                 Some(LinkEvent::Heard(_)) | Some(LinkEvent::Up) => {}
                 Some(LinkEvent::Down(error)) => {
