@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use whimbrel_host::api::{Compress, Delta, Format, ImageFormat, RamMode, RamOrder};
+use whimbrel_host::api::{Compress, Delta, DiskMode, Format, ImageFormat, RamMode, RamOrder};
 use whimbrel_host::state::{ByteSize, LatencyBound, Name, RateLimit};
 use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::key_id::KeyId;
@@ -452,6 +452,9 @@ pub struct Migrate {
     /// How RAM goes
     #[arg(long, value_enum, default_value_t)]
     pub ram: RamArg,
+    /// How disks go
+    #[arg(long, value_enum, default_value_t)]
+    pub disks: DisksArg,
     /// How content is written: auto (whatever delivers most at the moment), none, zstd or zstd:LEVEL
     #[arg(long, value_name = "CODEC", default_value = "auto")]
     pub compress: Compress,
@@ -478,6 +481,25 @@ pub enum RamArg {
     Postcopy,
     /// All of it before the switch
     Precopy,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DisksArg {
+    /// What the guest does not write to goes ahead of the switch, the rest after it: the copy takes its time while
+    /// the guest runs on undisturbed, and little is left that could be lost with a host; always ends
+    Hybrid,
+    /// All of it after the switch: switches at once
+    #[default]
+    Postcopy,
+}
+
+impl From<DisksArg> for DiskMode {
+    fn from(arg: DisksArg) -> DiskMode {
+        match arg {
+            DisksArg::Hybrid => DiskMode::Hybrid,
+            DisksArg::Postcopy => DiskMode::Postcopy,
+        }
+    }
 }
 
 impl From<RamArg> for RamMode {

@@ -25,6 +25,7 @@ pub async fn migrate(context: &Context, command: Migrate) -> Result<(), CliError
         bandwidth: command.bandwidth,
         hold: command.hold,
         ram: command.ram.into(),
+        disks: command.disks.into(),
         guest_latency: command.guest_latency,
         compress: command.compress,
         delta: command.delta,

@@ -26,6 +26,8 @@ pub enum Fault {
     OldBitmapAfterReconnect,
     /// Units whose content is not there yet are pushed all the same.
     WithheldPushed,
+    /// What a guest writes to after it went ahead is not noticed.
+    WrittenAfterItWentTakenForNew,
     /// After a reconnect a unit that was sent twice counts as held, whichever copy that is.
     OldCopyTakenForNew,
     /// A restarted source forgets its grant.
@@ -47,7 +49,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 19] = [
+    pub const ALL: [Fault; 20] = [
         Fault::ResidentBeforeData,
         Fault::LateCopyStored,
         Fault::PartialWriteForgotten,
@@ -58,6 +60,7 @@ impl Fault {
         Fault::TwoDrains,
         Fault::OldBitmapAfterReconnect,
         Fault::WithheldPushed,
+        Fault::WrittenAfterItWentTakenForNew,
         Fault::OldCopyTakenForNew,
         Fault::GrantForgotten,
         Fault::AcceptanceForgotten,

@@ -11,6 +11,7 @@
 //! | [`space`] | units, extents, spaces: the coordinates of everything |
 //! | [`set`] | a set of units, as a bitmap with runs |
 //! | [`outflow`] | the source's side of a copy: what is still to send, and what goes next |
+//! | [`disks_ahead`] | what of the disks crosses before the switchover |
 //! | [`inflow`] | the destination's side of a copy: what is resident, who waits, what may be stored |
 //! | [`switchover`] | who owns the machine: the two state machines and their journal records |
 //! | [`latency`] | how long requests took, counted by size |
@@ -37,6 +38,7 @@ macro_rules! faulty {
 pub mod ahead;
 pub mod codec;
 pub mod delta;
+pub mod disks_ahead;
 #[cfg(feature = "faults")]
 pub mod faults;
 pub mod guard;

@@ -525,9 +525,9 @@ impl Source {
                 | SourceEvent::Heard(Say::Accepted { .. } | Say::Drained { .. }),
             ) if self.unanswered => vec![Action::Send(self.farewell(phase))],
             (
-                SourceState::Over(Phase::Cancel | Phase::Rewind),
-                SourceEvent::Heard(Say::Refused { .. } | Say::Yielded { .. }),
-            ) => {
+                SourceState::Over(phase @ (Phase::Cancel | Phase::Rewind)),
+                SourceEvent::Heard(Say::Refused { epoch } | Say::Yielded { epoch }),
+            ) if epoch == self.farewell(phase).epoch() => {
                 self.unanswered = false;
                 vec![]
             }

@@ -16,7 +16,9 @@ fn cancel_during_copy_leaves_source_unharmed_and_destination_clean() {
     }
     let scene = start(&fast());
     let mut guest = scene.guest_on(Host::A);
-    let args = ["migrate", NAME, "--to", "host-b", "--hold"];
+    let args = [
+        "migrate", NAME, "--to", "host-b", "--disks", "hybrid", "--hold",
+    ];
     let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
     let held = follow.until("being held", MOVE_WITHIN, |view| {
         view.state == MigrationState::Held
@@ -184,6 +186,50 @@ fn outages_while_memory_goes_ahead_and_in_the_drain_cost_only_time() {
         "{report:?}"
     );
     assert!(report.verified);
+    scene.works(&mut guest);
+    scene.verified_on(Host::B, &mut guest);
+}
+
+#[test]
+fn outage_while_disks_go_ahead_costs_only_time() {
+    if !can_run() {
+        return;
+    }
+    let wan = WanSpec::symmetric(line(80, 5));
+    let scene = start(&PairSpec::new(LabSpec::new(wan)));
+    let mut guest = scene.guest_on(Host::A);
+    let args = [
+        "migrate", NAME, "--to", "host-b", "--disks", "hybrid", "--hold",
+    ];
+    let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
+    let ahead = follow.until("disks going ahead", MOVE_WITHIN, |view| {
+        let disks = view.spaces.iter().filter(|s| s.kind == SpaceKind::Disk);
+        view.phase == Phase::Copy && disks.map(|s| s.units_sent).sum::<u64>() > 1000
+    });
+    ahead.expect("going ahead");
+    scene.lab().wan().outage(secs(4)).expect("the link is cut");
+    scene.works(&mut guest);
+    let held = follow.until("being held", MOVE_WITHIN, |view| {
+        view.state == MigrationState::Held
+    });
+    held.expect("held");
+    // What it writes now went before, and is named.
+    scene.works(&mut guest);
+    let told = scene.on(Host::A).run(&["switch", NAME]);
+    told.expect("told to switch");
+    let ended = follow.end(MOVE_WITHIN).expect("the move ends");
+    assert!(ended.completed(), "{}", ended.describe());
+    let report = ended
+        .last
+        .and_then(|seen| seen.view.report)
+        .expect("a report");
+    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    assert_eq!(report.units_sent_again, 0);
+    assert!(report.verified);
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated + report.units_repeated,
+        "{report:?}"
+    );
     scene.works(&mut guest);
     scene.verified_on(Host::B, &mut guest);
 }

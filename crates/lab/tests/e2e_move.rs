@@ -64,6 +64,32 @@ fn by_postcopy_alone_nothing_goes_in_vain() {
 }
 
 #[test]
+fn disks_go_ahead_of_the_switch_and_only_what_the_guest_writes_to_follows() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    let ended = scene.moves(Host::A, &["--disks", "hybrid"]);
+    let view = ended.last.expect("a last word").view;
+    let report = view.report.expect("a report");
+    println!("{}", serde_json::to_string(&report).expect("plain data"));
+    assert!(report.verified);
+    assert_eq!(report.units_sent_again, 0);
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated + report.units_repeated,
+        "{report:?}"
+    );
+    scene.works(&mut guest);
+    // And back the other way, with disks that came that way.
+    let ended = scene.moves(Host::B, &["--disks", "hybrid", "--ram", "postcopy"]);
+    let report = ended.last.and_then(|seen| seen.view.report);
+    assert!(report.expect("a report").verified);
+    scene.works(&mut guest);
+    scene.verified_on(Host::A, &mut guest);
+}
+
+#[test]
 fn back_and_forth_without_a_restart() {
     if !can_run() {
         return;

@@ -234,6 +234,7 @@ impl World {
             daemon.ram_end = None;
             if !daemon.evicted && self.fault != Some(DriverFault::GateLeftOpen) {
                 self.dst.daemon.ram_gate = false;
+                self.dst.daemon.disk_gate = false;
             }
             self.destination_says(Message::RamTaken);
         }

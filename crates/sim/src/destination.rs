@@ -11,6 +11,7 @@ use whimbrel_engine::switchover::{
 };
 
 use crate::arrival::DestinationLife;
+use crate::disks_ahead::DisksIn;
 use crate::faults::DriverFault;
 use crate::filling::TaskId;
 use crate::flow::digest;
@@ -70,6 +71,7 @@ pub struct DestinationDaemon {
     offered: bool,
     /// Spaces of the disks, once they may be filled.
     pub disks: Vec<SpaceIn>,
+    pub ahead: DisksIn,
     /// The disks are whole and the guest's alone.
     pub open: bool,
     pub ram: Option<SpaceIn>,
@@ -111,6 +113,7 @@ impl DestinationDaemon {
             known: false,
             offered: false,
             disks: Vec::new(),
+            ahead: DisksIn::default(),
             open: false,
             ram: None,
             sated: false,
@@ -367,9 +370,15 @@ impl World {
                 }
                 self.destination_handle(DestinationEvent::Heard(say));
             }
-            Message::Stale { runs, .. } => {
+            Message::DisksAhead => self.begin_disks_ahead(),
+            Message::Stale { space, runs } => {
+                let daemon = &mut self.dst.daemon;
+                let stale = match daemon.ahead.stale.get_mut(usize::from(space.0)) {
+                    Some(disk) => disk,
+                    None => &mut daemon.stale,
+                };
                 for run in runs {
-                    self.dst.daemon.stale.insert(run);
+                    stale.insert(run);
                 }
             }
             Message::DigestAnswer { space, same } => self.digest_answered(space, same),
@@ -426,10 +435,7 @@ impl World {
             return self.destination_handle(DestinationEvent::Failed);
         }
         self.dst.daemon.state = false;
-        let spaces = self.scenario.disks.iter().enumerate();
-        self.dst.daemon.disks = spaces
-            .map(|(n, &s)| SpaceIn::absent(disk_info(n, s)))
-            .collect();
+        self.take_disks_over();
         self.dst.touched = false;
         self.dst.daemon.fresh = true;
         self.dst.daemon.disk_gate = true;
@@ -500,6 +506,7 @@ impl World {
     /// The machine is this host's: records, and the tasks that see the rest arrive.
     fn settle(&mut self) {
         self.dst.settled = true;
+        self.record_ahead();
         self.dst.daemon.verifying = Some(0);
         self.submit_all();
         self.ram_progress();

@@ -30,6 +30,12 @@ pub enum DriverFault {
     RefusedUnasked,
     /// The source lets the disks' content flow before they are frozen.
     CopyBeforeFreeze,
+    /// What comes ahead is recorded at once.
+    RecordedAhead,
+    /// What is empty is taken to read as zeroes where an old copy came ahead.
+    TroddenTakenForFresh,
+    /// What of the disks was said to be stale is not said again on a new connection.
+    StaleSaidOnce,
     /// After a power cut what is here is compared with the source, whatever the guest may have written to it.
     DoubtForgotten,
     /// A source that is complete leaves a silent connection as if all it said had been heard.
@@ -37,7 +43,7 @@ pub enum DriverFault {
 }
 
 impl DriverFault {
-    pub const ALL: [DriverFault; 14] = [
+    pub const ALL: [DriverFault; 17] = [
         DriverFault::GrantNotDurable,
         DriverFault::FlushBeforeResidency,
         DriverFault::ResidencyBeforeData,
@@ -50,6 +56,9 @@ impl DriverFault {
         DriverFault::GateLeftOpen,
         DriverFault::RefusedUnasked,
         DriverFault::CopyBeforeFreeze,
+        DriverFault::RecordedAhead,
+        DriverFault::TroddenTakenForFresh,
+        DriverFault::StaleSaidOnce,
         DriverFault::DoubtForgotten,
         DriverFault::FarewellUnheard,
     ];

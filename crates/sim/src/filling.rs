@@ -245,6 +245,9 @@ impl World {
         if side == Side::Source && self.src.frozen {
             self.broken("fence", "the guest writes to a frozen disk");
         }
+        if side == Side::Source {
+            self.note_change(disk, sectors.start, sectors.end - sectors.start);
+        }
         let stores = match side {
             Side::Source => &mut self.src.stores,
             Side::Destination => &mut self.dst.stores,
@@ -329,7 +332,7 @@ impl World {
             // A file that was made just now reads as zeroes where nobody wrote. One of before a restart may hold
             // what no record tells of.
             let fresh = self.dst.daemon.fresh || self.has(DriverFault::DoubtForgotten);
-            let zeroes = is_disk && content.is_none() && fresh;
+            let zeroes = is_disk && content.is_none() && fresh && !self.is_trodden(space, run);
             let Some(target) = self.space_in(space) else {
                 break;
             };
@@ -357,6 +360,9 @@ impl World {
                     if !grant.merge.is_empty() {
                         self.coverage
                             .deed("copies merged with sectors of the guest's");
+                    }
+                    if is_disk {
+                        self.tread(space, &grant.store);
                     }
                     fill.grant = Some(grant);
                     let access = self.scenario.access;
@@ -400,7 +406,7 @@ impl World {
         self.wake(space, &done);
         if is_ram {
             self.pages_arrived();
-        } else {
+        } else if !self.dst.daemon.ahead.pending || self.has(DriverFault::RecordedAhead) {
             self.dst.residency[usize::from(space.0)]
                 .lazy
                 .extend(&done.changes);

@@ -167,8 +167,7 @@ impl World {
 
     /// The peer has said what it holds; content may flow.
     fn peer_has(&mut self) {
-        let changing = !self.src.daemon.handover && self.src.daemon.ram.is_some();
-        let ram = self.ram_space();
+        let changing = !self.src.daemon.handover && !self.src.daemon.taken_up;
         let infos: Vec<SpaceInfo> = self.src.daemon.out.infos().cloned().collect();
         let keep_stale = self.has(DriverFault::StaleTakenForHeld);
         let unknown_is_held = self.has(DriverFault::UnknownTakenForHeld);
@@ -179,15 +178,15 @@ impl World {
             let none = UnitSet::empty(info.units());
             let mut held = said.remove(&info.id).unwrap_or_else(|| none.clone());
             daemon.handed[usize::from(info.id.0)] = none.clone();
-            if info.id == ram && changing {
+            if changing {
                 daemon.out.peer_received(info.id, &held);
                 continue;
             }
-            if info.id == ram && !life.evicted {
-                match &daemon.outdated {
+            if !life.evicted {
+                match daemon.outdated.get(&info.id) {
                     Some(vain) if !keep_stale => held.subtract(vain),
                     // Only an earlier daemon knew what of it is stale.
-                    None if daemon.ram.is_none() && !unknown_is_held => held = none,
+                    None if daemon.taken_up && !unknown_is_held => held = none,
                     _ => {}
                 }
             }

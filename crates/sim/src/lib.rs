@@ -31,6 +31,7 @@
 pub mod arrival;
 pub mod coverage;
 pub mod destination;
+pub mod disks_ahead;
 pub mod faults;
 pub mod filling;
 pub mod flow;

@@ -190,6 +190,7 @@ impl World {
         if self.src.daemon.ram.is_some() {
             self.outdate_ahead();
             self.offer_ram();
+            self.settle_disks();
         }
         self.src.daemon.handover = true;
         self.src.driver.doing = None;
@@ -207,7 +208,7 @@ impl World {
             .expect("copied since StartCopy");
         ram.stale = stale.clone();
         self.refresh_ahead();
-        if self.src.daemon.ahead.is_none() {
+        if self.src.daemon.ahead.is_none() || !self.scenario.ahead {
             return;
         }
         let space = self.ram_space();
@@ -221,7 +222,7 @@ impl World {
         let sent = self.src.daemon.out.sent(space);
         let handed = &mut self.src.daemon.handed[usize::from(space.0)];
         *handed = handed.intersection(sent);
-        self.src.daemon.outdated = Some(vain);
+        self.src.daemon.outdated.insert(space, vain);
     }
 
     /// All of RAM that did not go ahead is offered; what QEMU still delivers is withheld.
@@ -251,7 +252,7 @@ impl World {
 
     /// Brings ahead what can be; whether the guest may stop as far as this goes.
     pub fn step_ahead(&mut self) -> bool {
-        if !self.scenario.ahead {
+        if !self.scenario.ahead && self.src.daemon.disks_out.is_none() {
             return true;
         }
         let now = self.now / MS;
@@ -260,7 +261,9 @@ impl World {
             let ram = self.src.daemon.ram.as_mut().expect("collected");
             ram.take_dirtied();
             let held = ram.held();
-            let ahead = Ahead::begin(&mut self.src.daemon.out, [(space, held)], now);
+            // Without RAM that goes ahead it is the barrier alone.
+            let blocks = self.scenario.ahead.then_some((space, held));
+            let ahead = Ahead::begin(&mut self.src.daemon.out, blocks, now);
             self.src.daemon.ahead = Some(ahead);
             self.say_ahead();
             self.open_flow();
@@ -306,7 +309,7 @@ impl World {
     /// Names to the destination what it must not keep.
     pub fn say_stale(&mut self) {
         let space = self.ram_space();
-        if let Some(outdated) = &self.src.daemon.outdated {
+        if let Some(outdated) = self.src.daemon.outdated.get(&space) {
             let runs: Vec<Extent> = outdated.runs().collect();
             if !runs.is_empty() {
                 self.source_says(Message::Stale { space, runs });

@@ -26,6 +26,7 @@ pub enum Message {
         runs: Vec<Extent>,
     },
     Ahead,
+    DisksAhead,
     RamEnd {
         frames: u64,
     },

@@ -121,6 +121,8 @@ pub struct Scenario {
     pub empty: u64,
     /// RAM that the guest only reads goes ahead of the switch.
     pub ahead: bool,
+    /// What the guest does not write to of its disks does.
+    pub disks_ahead: bool,
     /// What the guest does at once.
     pub threads: u32,
     /// Operations of each.
@@ -161,6 +163,7 @@ impl Scenario {
             ram: rng.scaled(4, 128),
             empty: rng.pick(&[0, 20, 60]),
             ahead: rng.percent(60),
+            disks_ahead: false,
             threads: rng.between(1, 6) as u32,
             operations: rng.between(10, 60) as u32,
             think: rng.scaled(50 * US, 60 * MS),
@@ -208,6 +211,7 @@ impl Scenario {
         if rng.percent(12) {
             scenario.hold_among_writes(&mut rng);
         }
+        scenario.disks_ahead = rng.percent(50);
         scenario
     }
 

@@ -1,9 +1,10 @@
 //! The source: its driver, after `crates/host/src/migration/outgoing`, performing what the engine's `Source`
 //! decides.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::destination::QemuState;
+use crate::disks_ahead::DisksOut;
 use whimbrel_engine::ahead::Ahead;
 use whimbrel_engine::outflow::Outflow;
 use whimbrel_engine::set::UnitSet;
@@ -52,12 +53,16 @@ pub struct SourceDaemon {
     pub zero_answers: VecDeque<(SpaceId, Extent)>,
     pub open: bool,
     pub frames: u64,
-    pub outdated: Option<UnitSet>,
+    /// By space that went ahead: what of it was sent in vain.
+    pub outdated: BTreeMap<SpaceId, UnitSet>,
     pub life: Option<SourceLife>,
     pub dialling: Option<LifeId>,
     pub backoff: u64,
     pub ram: Option<RamCopy>,
     pub ahead: Option<Ahead>,
+    pub disks_out: Option<DisksOut>,
+    /// An earlier daemon had granted.
+    pub taken_up: bool,
     pub handover: bool,
     pub layout_taken: bool,
     pub may_switch: bool,
@@ -84,12 +89,14 @@ impl SourceDaemon {
             zero_answers: VecDeque::new(),
             open: false,
             frames: 0,
-            outdated: None,
+            outdated: BTreeMap::new(),
             life: None,
             dialling: None,
             backoff: 200 * MS,
             ram: None,
             ahead: None,
+            disks_out: None,
+            taken_up: false,
             handover: false,
             layout_taken: false,
             may_switch: false,
@@ -428,6 +435,7 @@ impl World {
         {
             self.source_says(Message::Layout);
         }
+        self.say_disks_ahead();
         self.say_ahead();
         self.source_handle(SourceEvent::LinkUp);
         if self.src.daemon.empties_said {
@@ -473,8 +481,15 @@ impl World {
                 self.src.switch = Source::new(OWN);
             }
         }
+        if self.src.switch.phase() != Phase::Copy {
+            return;
+        }
+        let disks_are_ahead = self.step_disks();
+        if disks_are_ahead && self.src.daemon.ram.is_none() {
+            self.start_ram();
+        }
         let collected = self.src.daemon.ram.as_ref().is_some_and(|r| r.collected);
-        if self.src.switch.phase() != Phase::Copy || !self.src.daemon.layout_taken || !collected {
+        if !self.src.daemon.layout_taken || !collected {
             return;
         }
         let all_ahead = self.step_ahead();
@@ -488,6 +503,7 @@ impl World {
         if !self.src.daemon.handover {
             return;
         }
+        self.say_stale_disks();
         self.say_stale();
         self.source_says(Message::Grant { epoch });
         self.open_flow();
@@ -506,7 +522,8 @@ impl World {
             let store = &self.src.stores[n];
             let units = store.sectors().div_ceil(SECTORS);
             for unit in 0..units {
-                if store.unit(unit) == [0; SECTORS as usize] {
+                let sent = self.src.daemon.out.sent(space).contains(unit);
+                if !sent && store.unit(unit) == [0; SECTORS as usize] {
                     self.src.daemon.out.emptied(space, Extent::unit(unit));
                 }
             }
@@ -638,6 +655,7 @@ impl World {
 
     /// Offers all that the disks and the stopped QEMU hold.
     fn offer_again(&mut self) {
+        self.src.daemon.taken_up = true;
         self.offer_disks();
         self.release_disks();
         if !self.src.layout_kept || !self.src.qemu.is_there() {
@@ -655,8 +673,16 @@ impl World {
         self.src.daemon.out.offer_set(space, &live);
     }
 
-    /// QEMU starts to send its memory to the daemon.
     fn start_copy(&mut self) {
+        if self.scenario.disks_ahead {
+            self.begin_disks();
+        } else {
+            self.start_ram();
+        }
+    }
+
+    /// QEMU starts to send its memory to the daemon.
+    fn start_ram(&mut self) {
         if !self.src.qemu.is_there() {
             return self.source_handle(SourceEvent::Failed);
         }

@@ -70,6 +70,9 @@ pub const FEATURE_DELTA: u64 = 64;
 /// The peer takes a second copy of a page that comes ahead of a switchover.
 pub const FEATURE_AHEAD_AGAIN: u64 = 128;
 
+/// Disks come ahead of a switchover, and the peer says or hears [`Message::DisksAhead`].
+pub const FEATURE_DISKS_AHEAD: u64 = 256;
+
 /// The features of this version.
 pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_AHEAD
@@ -78,7 +81,8 @@ pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_GIVE_BACK
     | FEATURE_BACKLOG
     | FEATURE_DELTA
-    | FEATURE_AHEAD_AGAIN;
+    | FEATURE_AHEAD_AGAIN
+    | FEATURE_DISKS_AHEAD;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -169,11 +173,11 @@ pub enum Message {
     /// Part of a packed device state too large for one frame.
     StatePart(Vec<u8>),
     Grant(Grant),
-    /// RAM that goes before the grant is all said: this many units frames in this life of the session.
+    /// What goes before the grant is all said: this many units frames in this life of the session.
     RamEnd {
         frames: u64,
     },
-    /// All of them have been stored; no more RAM is let in before the grant.
+    /// All of them have been stored; nothing more is let in before the grant.
     RamTaken,
     /// Plain words of ownership, with the reason for a refusal or a cancel.
     Own {
@@ -185,7 +189,7 @@ pub enum Message {
     Ran {
         at_us: u64,
     },
-    /// RAM units that the destination must not keep of what it was sent before the switchover; said before
+    /// Units that the destination must not keep of what it was sent before the switchover; said before
     /// each grant.
     Stale {
         space: SpaceId,
@@ -276,6 +280,8 @@ pub enum Message {
     Slots {
         slots: u32,
     },
+    /// Disks come from now on, though the machine will run there only later. Needs [`FEATURE_DISKS_AHEAD`].
+    DisksAhead,
 }
 
 /// Figures the destination sends now and then.
@@ -327,6 +333,7 @@ impl Message {
             Message::Felt { .. } => FEATURE_FELT,
             Message::Backlog { .. } => FEATURE_BACKLOG,
             Message::Slots { .. } => FEATURE_DELTA,
+            Message::DisksAhead => FEATURE_DISKS_AHEAD,
             Message::Own {
                 say: Say::GiveBack { .. } | Say::Yielded { .. },
                 ..

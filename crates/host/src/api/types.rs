@@ -437,6 +437,17 @@ pub enum RamMode {
     Precopy,
 }
 
+/// How disks are to go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// What the guest does not write to goes ahead of the switch, the rest after it.
+    Hybrid,
+    /// All of it after the switch.
+    #[default]
+    Postcopy,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MigrateRequest {
@@ -450,6 +461,8 @@ pub struct MigrateRequest {
     pub hold: bool,
     #[serde(default)]
     pub ram: RamMode,
+    #[serde(default)]
+    pub disks: DiskMode,
     /// What the guest's requests are to stay within, p99, while disks and link are shared with it; the
     /// configuration's if it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -94,7 +94,7 @@ impl Export for Disk {
         self.log(AccessKind::Read, offset, u64::from(len));
         let mode = self.mode.read().await.clone();
         match mode {
-            Mode::Open | Mode::Frozen => self
+            Mode::Open | Mode::Noted(_) | Mode::Frozen => self
                 .file()
                 .read(offset, len as usize)
                 .await
@@ -107,8 +107,9 @@ impl Export for Disk {
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
         self.log(AccessKind::Write, offset, data.len() as u64);
         let mode = self.mode.read().await;
+        let _noted = mode.change(offset, data.len() as u64);
         match &*mode {
-            Mode::Open => {
+            Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
                 self.file()
                     .write(offset, data)
@@ -127,7 +128,7 @@ impl Export for Disk {
     async fn flush(&self) -> Result<(), Errno> {
         let mode = self.mode.read().await.clone();
         match mode {
-            Mode::Open | Mode::Frozen => self.sync_if(true).await,
+            Mode::Open | Mode::Noted(_) | Mode::Frozen => self.sync_if(true).await,
             // Nothing was written here, so nothing is owed.
             Mode::Arriving(_) => Ok(()),
             Mode::Filling(filling) => filling.flush().await,
@@ -136,8 +137,9 @@ impl Export for Disk {
 
     async fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
         let mode = self.mode.read().await;
+        let _noted = mode.change(offset, len);
         match &*mode {
-            Mode::Open => {
+            Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
                 self.file()
                     .discard(offset, len)
@@ -156,8 +158,9 @@ impl Export for Disk {
     async fn write_zeroes(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
         self.log(AccessKind::Write, offset, len);
         let mode = self.mode.read().await;
+        let _noted = mode.change(offset, len);
         match &*mode {
-            Mode::Open => {
+            Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
                 self.file()
                     .write_zeroes(offset, len, zeroes_of(how))
@@ -176,7 +179,7 @@ impl Export for Disk {
     async fn cache(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let mode = self.mode.read().await.clone();
         match mode {
-            Mode::Open | Mode::Frozen => {
+            Mode::Open | Mode::Noted(_) | Mode::Frozen => {
                 // A hint: what cannot be read ahead now is read when it is asked for.
                 let _ = self.file().prefetch(offset, len).await;
             }
@@ -200,7 +203,7 @@ impl Export for Disk {
         }
         match mode {
             Mode::Arriving(_) => Ok(vec![StatusRun { len, flags: 0 }]),
-            Mode::Open | Mode::Frozen => self.allocation(offset, len, max).await,
+            Mode::Open | Mode::Noted(_) | Mode::Frozen => self.allocation(offset, len, max).await,
             Mode::Filling(filling) => {
                 // Absent content is data to a client: whether it is zero only the source knows yet.
                 let (resident, _, units) =
@@ -250,7 +253,7 @@ impl Disk {
 
     fn residency(&self, mode: &Mode, offset: u64, len: u64, max: usize) -> Vec<StatusRun> {
         match mode {
-            Mode::Open | Mode::Frozen => vec![StatusRun {
+            Mode::Open | Mode::Noted(_) | Mode::Frozen => vec![StatusRun {
                 len,
                 flags: RESIDENT,
             }],

@@ -36,6 +36,11 @@ const STRETCH: u64 = 16384;
 struct Inner {
     space: SpaceIn,
     wakers: Wakers,
+    /// What comes is ahead of the switchover: no guest uses it here yet, and no record tells of it, for what of it
+    /// is old will be known only at the switchover.
+    ahead: bool,
+    /// Units of a fresh file of which a copy was stored, or begun to be, ahead of the switchover.
+    trodden: UnitSet,
 }
 
 /// A disk whose content is on the way.
@@ -59,6 +64,9 @@ pub enum Soil {
     /// An earlier daemon had it. Writes that no record tells of may have reached it.
     Trodden,
 }
+
+/// Records that are made at once of what came ahead.
+const RECORDED_AT_ONCE: usize = 1024;
 
 /// Units that a zeroing of a trodden file takes at a time: while it goes on they are busy.
 const PATCH: u64 = 16_384;
@@ -96,12 +104,42 @@ impl Filling {
             journal,
             wants,
             inner: Mutex::new(Inner {
+                trodden: UnitSet::empty(space.info().units()),
+                ahead: false,
                 space,
                 wakers: Wakers::default(),
             }),
             clock,
             complete,
             soil,
+        }
+    }
+
+    /// The same disk, whose content comes before the machine is this host's.
+    pub fn ahead(self) -> Self {
+        self.inner().ahead = true;
+        self
+    }
+
+    /// The machine is this host's now. Of what came ahead these units are old: they are absent again.
+    pub fn take_over(&self, old: &UnitSet) {
+        let mut inner = self.inner();
+        inner.space.evict(old);
+        inner.ahead = false;
+        // The sender is told under the same lock by whoever completes the disk.
+        self.complete.send_replace(inner.space.is_complete());
+    }
+
+    /// Records what came ahead, once the machine is this host's. Lost in a crash before, it is fetched again.
+    pub async fn record_ahead(&self) -> Result<(), VolumeError> {
+        let held = self.held();
+        let mut runs = held.runs().map(|run| to_journal(Change::Filled(run)));
+        loop {
+            let some: Vec<_> = runs.by_ref().take(RECORDED_AT_ONCE).collect();
+            if some.is_empty() {
+                return Ok(());
+            }
+            self.journal.record(some).await?;
         }
     }
 
@@ -315,7 +353,14 @@ impl Filling {
             let wait = {
                 let mut inner = self.inner();
                 match inner.space.begin_fill(extent) {
-                    FillPlan::Go(grant) => return grant,
+                    FillPlan::Go(grant) => {
+                        if inner.ahead {
+                            for &run in &grant.store {
+                                inner.trodden.insert(run);
+                            }
+                        }
+                        return grant;
+                    }
                     FillPlan::Wait(ticket) => inner.wakers.register(ticket),
                 }
             };
@@ -330,8 +375,11 @@ impl Filling {
     ) -> Result<(), VolumeError> {
         let done = {
             let mut inner = self.inner();
-            let done = inner.space.end_fill(grant, result.is_ok(), self.now());
+            let mut done = inner.space.end_fill(grant, result.is_ok(), self.now());
             self.wake(&mut inner, &done);
+            if inner.ahead {
+                done.changes.clear();
+            }
             done
         };
         self.after_fill(done).await?;
@@ -370,12 +418,18 @@ impl Filling {
     /// The source says that these units are zero. A fresh file reads so already where nobody wrote; in any
     /// other they are stored.
     pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
-        if self.soil == Soil::Trodden {
-            let mut patch = Extent::new(extent.start, 0);
-            while patch.end() < extent.end() {
-                patch = Extent::new(patch.end(), PATCH.min(extent.end() - patch.end()));
+        let trodden: Vec<Extent> = match self.soil {
+            Soil::Trodden => vec![extent],
+            Soil::Fresh => self.inner().trodden.runs_within(extent).collect(),
+        };
+        for run in &trodden {
+            let mut patch = Extent::new(run.start, 0);
+            while patch.end() < run.end() {
+                patch = Extent::new(patch.end(), PATCH.min(run.end() - patch.end()));
                 self.zero_out(patch).await?;
             }
+        }
+        if self.soil == Soil::Trodden {
             return Ok(());
         }
         let done = {
@@ -544,32 +598,100 @@ mod tests {
 
     const UNITS: u64 = 4;
 
-    /// A file of sevens, taken up again: of the disk unit 0 is here, and of unit 1 the first two sectors.
-    async fn trodden(folder: &std::path::Path, pool: &Pool) -> Filling {
-        let path = folder.join("disk");
-        std::fs::write(&path, vec![7; (UNITS * UNIT) as usize]).expect("room");
-        let file = Backend::open(pool, path, Format::Raw, Access::ReadWrite);
-        let file = Arc::new(file.await.expect("a file"));
-        let identity = VolumeIdentity {
+    fn identity() -> VolumeIdentity {
+        VolumeIdentity {
             uuid: [1; 16],
             size: UNITS * UNIT,
             epoch: 1,
-        };
-        let place = folder.join("journal");
-        let journal = Journal::create(pool, &place, identity, file.clone());
-        let journal = journal.await.expect("room");
-        let info = SpaceInfo {
+        }
+    }
+
+    fn info() -> SpaceInfo {
+        SpaceInfo {
             id: SpaceId(0),
             kind: whimbrel_engine::space::SpaceKind::Disk,
             name: "root".to_string(),
             len: UNITS * UNIT,
-        };
+        }
+    }
+
+    /// A disk of nothing but this byte.
+    async fn filling_of(
+        folder: &std::path::Path,
+        pool: &Pool,
+        soil: Soil,
+        byte: u8,
+        space: SpaceIn,
+    ) -> Filling {
+        let path = folder.join("disk");
+        std::fs::write(&path, vec![byte; (UNITS * UNIT) as usize]).expect("room");
+        let file = Backend::open(pool, path, Format::Raw, Access::ReadWrite);
+        let file = Arc::new(file.await.expect("a file"));
+        let place = folder.join("journal");
+        let journal = Journal::create(pool, &place, identity(), file.clone());
+        let journal = journal.await.expect("room");
+        let wants = Arc::new(Wants::default());
+        Filling::new(space, soil, file, journal, wants, Instant::now())
+    }
+
+    async fn filling(folder: &std::path::Path, pool: &Pool, soil: Soil, byte: u8) -> Filling {
+        filling_of(folder, pool, soil, byte, SpaceIn::absent(info())).await
+    }
+
+    /// A file of sevens, taken up again: of the disk unit 0 is here, and of unit 1 the first two sectors.
+    async fn trodden(folder: &std::path::Path, pool: &Pool) -> Filling {
         let mut resident = UnitSet::empty(UNITS);
         resident.insert(Extent::unit(0));
         let partial = BTreeMap::from([(1, 0b11)]);
-        let space = SpaceIn::recovered(info, resident, UnitSet::empty(UNITS), partial);
-        let wants = Arc::new(Wants::default());
-        Filling::new(space, Soil::Trodden, file, journal, wants, Instant::now())
+        let space = SpaceIn::recovered(info(), resident, UnitSet::empty(UNITS), partial);
+        filling_of(folder, pool, Soil::Trodden, 7, space).await
+    }
+
+    #[tokio::test]
+    async fn what_came_ahead_and_is_old_is_absent_again_and_reads_as_zeroes_if_it_is_empty() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let pool = Pool::start(PoolSize::default()).expect("threads");
+        let disk = filling(folder.path(), &pool, Soil::Fresh, 0).await.ahead();
+        let came = Bytes::from(vec![9; (UNITS * UNIT) as usize]);
+        disk.fill(Extent::new(0, UNITS), came).await.expect("room");
+        let mut old = UnitSet::empty(UNITS);
+        old.insert(Extent::new(1, 2));
+        disk.take_over(&old);
+        assert_eq!(disk.resident(), UNITS - 2);
+        disk.record_ahead().await.expect("room");
+        let fresh = Bytes::from(vec![8; UNIT as usize]);
+        disk.fill(Extent::unit(1), fresh).await.expect("room");
+        disk.zeroes(Extent::new(0, UNITS)).await.expect("room");
+        let content = disk.read(0, (UNITS * UNIT) as u32).await.expect("resident");
+        let firsts: Vec<u8> = content.chunks(UNIT as usize).map(|unit| unit[0]).collect();
+        assert_eq!(firsts, [9, 8, 0, 9]);
+        assert!(
+            content
+                .chunks(UNIT as usize)
+                .all(|unit| unit.iter().all(|&b| b == unit[0]))
+        );
+    }
+
+    #[tokio::test]
+    async fn no_record_tells_of_what_came_ahead_until_the_machine_is_this_hosts() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let pool = Pool::start(PoolSize::default()).expect("threads");
+        let disk = filling(folder.path(), &pool, Soil::Fresh, 0).await.ahead();
+        let came = Bytes::from(vec![9; (2 * UNIT) as usize]);
+        disk.fill(Extent::new(0, 2), came).await.expect("room");
+        disk.make_durable().await.expect("room");
+        let recorded = async || {
+            let place = folder.path().join("journal");
+            let known = Journal::inspect(&pool, &place, identity())
+                .await
+                .expect("a journal");
+            known.resident.len()
+        };
+        assert_eq!(recorded().await, 0);
+        disk.take_over(&UnitSet::empty(UNITS));
+        disk.record_ahead().await.expect("room");
+        disk.make_durable().await.expect("room");
+        assert_eq!(recorded().await, 2);
     }
 
     #[tokio::test]

@@ -3,15 +3,17 @@
 //! | mode | reads | writes | when |
 //! |---|---|---|---|
 //! | `Open` | from the file | to the file | the machine is ours and all content is here |
+//! | `Noted` | from the file | to the file, and where is noted | the same, while the content goes ahead of a switchover |
 //! | `Frozen` | from the file | refused (`EPERM`) | the guest was stopped to move away, or has moved |
 //! | `Arriving` | looked up at the source, nothing kept | refused | an incoming QEMU probes its disks before it owns them |
 //! | `Filling` | resident units from the file, others wait for the source | to the file | the machine is ours, its content is on the way |
 //!
 //! The mode is the fence of invariant I5: a write is admitted only in the two modes in which this host
 //! owns the machine, under a lock whose other side changes the mode. When [`Disk::freeze`] returns, every
-//! write that was acknowledged is in the file and none will follow.
+//! write that was acknowledged is in the file, noted if it was to be, and none will follow.
 
 mod behind;
+mod changes;
 mod export;
 mod felt;
 mod filling;
@@ -30,6 +32,7 @@ use whimbrel_volume::heat::{AccessKind, AccessLog};
 
 use crate::volumes::heat::Heat;
 
+pub use changes::Changes;
 pub use export::MachineDisks;
 pub use filling::{Filling, Soil, Verified, absolute};
 pub use wants::{Asked, DemandFigures, Wants};
@@ -48,9 +51,20 @@ pub trait Peek: Send + Sync {
 #[derive(Clone)]
 pub enum Mode {
     Open,
+    Noted(Arc<Changes>),
     Frozen,
     Arriving(Arc<dyn Peek>),
     Filling(Arc<Filling>),
+}
+
+impl Mode {
+    /// Notes a change of these bytes, if changes are noted: until what is returned goes.
+    fn change(&self, offset: u64, len: u64) -> Option<changes::Change<'_>> {
+        match self {
+            Mode::Noted(changes) => Some(changes.begin(offset, len)),
+            Mode::Open | Mode::Frozen | Mode::Arriving(_) | Mode::Filling(_) => None,
+        }
+    }
 }
 
 /// A volume that is served.
@@ -129,7 +143,7 @@ impl Disk {
     pub async fn filling(&self) -> Option<Arc<Filling>> {
         match &*self.mode.read().await {
             Mode::Filling(filling) => Some(filling.clone()),
-            Mode::Open | Mode::Frozen | Mode::Arriving(_) => None,
+            Mode::Open | Mode::Noted(_) | Mode::Frozen | Mode::Arriving(_) => None,
         }
     }
 

@@ -336,7 +336,8 @@ async fn control_in(
                 let (arrivals, mouth) = (life.arrivals.clone(), life.mouth.clone());
                 waiting.spawn(async move {
                     arrivals.frames_stored(frames).await;
-                    arrivals.close_ram_ahead();
+                    arrivals.settle_disks().await;
+                    arrivals.close_ahead();
                     mouth.say(Message::RamTaken).await;
                 });
             }

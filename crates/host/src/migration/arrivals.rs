@@ -217,7 +217,7 @@ pub struct Arrivals {
     disks: Mutex<Vec<Arc<Filling>>>,
     /// How many disks there will be: spaces of lower numbers are theirs.
     disks_expected: AtomicUsize,
-    /// Disks may be filled now: from the hand-over on.
+    /// Disks may be filled now: from the hand-over on, and while they are sent ahead of that.
     disk_gate: watch::Sender<bool>,
     ram: Mutex<Option<Arc<RamIn>>>,
     /// RAM may be placed now: always for a pre-copy, from the hand-over on for a post-copy, and while it is
@@ -242,9 +242,20 @@ impl Arrivals {
         self.ram_gate.send_replace(true);
     }
 
+    /// The disks, which may be filled from now on: the machine is this host's, or they come ahead.
     pub fn set_disks(&self, disks: Vec<Arc<Filling>>) {
         *self.disks.lock().expect("no holder of this lock panics") = disks;
         self.disk_gate.send_replace(true);
+    }
+
+    /// Makes durable what of the disks came ahead, so that the guest's first flush here finds little to do.
+    pub async fn settle_disks(&self) {
+        for disk in self.disks() {
+            // What cannot be made durable now will be told of at that flush.
+            if let Err(error) = disk.make_durable().await {
+                tracing::warn!(%error, disk = disk.name(), "what came ahead cannot be made durable yet");
+            }
+        }
     }
 
     /// There will be so many disks.
@@ -281,9 +292,13 @@ impl Arrivals {
         }
     }
 
-    /// No more RAM comes before the switchover.
-    pub fn close_ram_ahead(&self) {
-        if self.is_postcopy() && !self.has_evicted() {
+    /// Nothing more comes before the switchover.
+    pub fn close_ahead(&self) {
+        if self.has_evicted() {
+            return;
+        }
+        self.disk_gate.send_replace(false);
+        if self.is_postcopy() {
             self.ram_gate.send_replace(false);
         }
     }

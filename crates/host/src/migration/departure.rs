@@ -25,7 +25,8 @@ use whimbrel_peer::hello::Class;
 use whimbrel_peer::pace::Pace;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::message::{
-    FEATURE_DELTA, FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message, unpack_bitmap,
+    FEATURE_DELTA, FEATURE_DISKS_AHEAD, FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message,
+    unpack_bitmap,
 };
 use whimbrel_wire::pack::Packer;
 use whimbrel_wire::units::{Encoding, MAX_UNITS, Units};
@@ -563,13 +564,14 @@ async fn control_in(
                         .remove(&info.id)
                         .unwrap_or_else(|| UnitSet::empty(info.units()));
                     let is_ram = matches!(flow.content(info.id), Some(Content::Ram { .. }));
+                    let ahead = is_ram || life.mouth.features() & FEATURE_DISKS_AHEAD != 0;
                     // What of it is about to be evicted, only the daemon before knew.
-                    let held = if is_ram && life.gear.taken_up && !evicted {
+                    let held = if ahead && life.gear.taken_up && !evicted {
                         UnitSet::empty(info.units())
                     } else {
                         held
                     };
-                    let since = match (is_ram && changing, evicted) {
+                    let since = match (ahead && changing, evicted) {
                         (true, _) => Since::Copy,
                         (false, false) => Since::Stop,
                         (false, true) => Since::Grant,

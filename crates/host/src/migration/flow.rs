@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{Notify, watch};
+use whimbrel_engine::disks_ahead::DisksAhead;
 use whimbrel_engine::outflow::{Batch, Class as CopyClass, Outflow, Tally};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
@@ -428,6 +429,14 @@ impl Flow {
         let mut inner = self.inner();
         let vain = inner.out.outdate(space, units);
         inner.outdated[usize::from(space.0)] = Some(vain);
+    }
+
+    /// The same for the disks that went ahead.
+    pub fn settle_disks(&self, ahead: &mut DisksAhead) {
+        let mut inner = self.inner();
+        for (space, vain) in ahead.settle(&mut inner.out) {
+            inner.outdated[usize::from(space.0)] = Some(vain);
+        }
     }
 
     /// Units of a space of which the peer was sent a copy in vain.

@@ -556,6 +556,7 @@ impl Service for Daemon {
                 RamMode::Precopy => WireRam::Precopy,
             },
             ahead: matches!(request.ram, RamMode::Auto | RamMode::Hybrid),
+            disks_ahead: request.disks == DiskMode::Hybrid,
             ram_order: Choice {
                 order: request.ram_order,
                 first_copies: request.delta == Delta::On,

@@ -48,6 +48,9 @@ pub struct DemoArgs {
     /// How content is written: as for `whimbrel migrate`
     #[arg(long, value_name = "CODEC", default_value = "auto")]
     compress: String,
+    /// How disks go: as for `whimbrel migrate`
+    #[arg(long, value_name = "WAY", default_value = "postcopy")]
+    disks: String,
     #[command(flatten)]
     link: LinkArgs,
 }
@@ -132,7 +135,11 @@ fn play(args: &DemoArgs, screen: &mut Screen) -> Result<bool, PairError> {
     ));
 
     let mut route = Route::from(Host::A);
-    route.options = vec!["--compress".to_owned(), args.compress.clone()];
+    let ways = [("--compress", &args.compress), ("--disks", &args.disks)];
+    route.options = ways
+        .iter()
+        .flat_map(|(option, way)| [option.to_string(), way.to_string()])
+        .collect();
     let mut narrator = Narrator::new(screen);
     let journey = travel(&pair, &mut guest, &route, |moment| narrator.hear(moment))?;
 

@@ -1,14 +1,20 @@
 //! How a migration ends at its destination.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use whimbrel_engine::switchover::Phase;
 
 use super::Incoming;
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::MigrationState;
-use crate::disk::Mode;
+use crate::disk::{Filling, Mode};
 use crate::migration::landing::Plan;
 use crate::migration::record::mark_over;
 use crate::state::Ownership;
+
+/// How long copies that are being stored may take to be.
+const LETS_GO: Duration = Duration::from_secs(5);
 
 impl Incoming {
     /// What still comes goes nowhere.
@@ -20,10 +26,12 @@ impl Incoming {
     }
 
     pub(super) async fn clean_up(&mut self) {
+        let disks = self.setup.arrivals.disks();
         self.stop_taking();
         if let Some(running) = self.running.take() {
             running.kill().await;
         }
+        let_go(disks).await;
         self.ram = None;
         if let Some(landing) = self.landing.take() {
             let plan = landing.plan().clone();
@@ -114,5 +122,15 @@ impl Incoming {
         standing.runtime.ownership = Ownership::Local;
         crate::machines::save(&self.setup.host, &standing);
         nothing_left
+    }
+}
+
+/// Waits a little until nobody stores anything any more in disks that came ahead.
+async fn let_go(disks: Vec<Arc<Filling>>) {
+    let until = tokio::time::Instant::now() + LETS_GO;
+    for disk in disks {
+        while Arc::strong_count(&disk) > 1 && tokio::time::Instant::now() < until {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 }

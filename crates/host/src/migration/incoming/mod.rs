@@ -5,6 +5,7 @@
 //! Records that describe the new state at leisure are written when the guest runs.
 
 mod again;
+mod ahead;
 mod ends;
 mod ready;
 
@@ -16,9 +17,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
-use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
-use whimbrel_engine::space::{Extent, SpaceId, SpaceKind, UNIT};
+use whimbrel_engine::space::{SpaceId, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
@@ -36,11 +36,10 @@ use super::lane::LinkEvent;
 use super::peeks::Peeks;
 use super::record::MigrationJournal;
 use super::report;
-use super::spaces;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
 use crate::api::types::{MigrationState, SpaceProgress};
-use crate::disk::{Filling, Mode, Soil, Wants};
+use crate::disk::{Mode, Wants};
 use crate::host::Host;
 use crate::machine::Running;
 use crate::machines::{Machine, Machines};
@@ -55,6 +54,9 @@ const SAMPLE: Duration = Duration::from_millis(250);
 /// How long a source that is out of reach is waited for before it has granted anything. Longer than the
 /// source waits for this side.
 const PATIENCE_BEFORE_GRANT: Duration = Duration::from_secs(90);
+
+/// The same, with something of the disks here: it took its time to come.
+const PATIENCE_WITH_DISKS: Duration = Duration::from_secs(20 * 60);
 
 /// Words of the source that are kept while QEMU loads the machine; those beyond wait in its channel.
 const KEPT_WHILE_LOADING: usize = 256;
@@ -98,6 +100,8 @@ pub struct Incoming {
     ram: Option<Arc<RamIn>>,
     /// By RAM block: units of which an old copy is here.
     stale: Vec<UnitSet>,
+    /// The same by disk, if disks come ahead.
+    stale_disks: Vec<UnitSet>,
     requests: Option<AbortOnDropHandle<()>>,
     state_parts: Vec<u8>,
     state: Option<Vec<u8>>,
@@ -132,6 +136,7 @@ impl Incoming {
             layout: None,
             ram: None,
             stale: Vec::new(),
+            stale_disks: Vec::new(),
             requests: None,
             state_parts: Vec::new(),
             state: None,
@@ -209,6 +214,11 @@ impl Incoming {
             }
             LinkEvent::Down(error) => {
                 self.down_since.get_or_insert_with(Instant::now);
+                if let Some(why) = self.cannot_store(&error) {
+                    // The guest runs at the source, which had better try somewhere else.
+                    self.refusal = Some(why);
+                    self.event(DestinationEvent::Failed);
+                }
                 let waiting = format!("{error}; waiting for the source to connect again");
                 self.setup.board.link(|link| {
                     link.connected = false;
@@ -262,6 +272,7 @@ impl Incoming {
                 }
                 self.event(DestinationEvent::Heard(say));
             }
+            Message::DisksAhead => self.begin_disks_ahead(),
             Message::Stale { space, runs } => self.note_stale(space, &runs),
             Message::Heat {
                 space,
@@ -283,19 +294,6 @@ impl Incoming {
 
     fn spawn(&mut self, work: impl Future<Output = ()> + Send + 'static) {
         self.tasks.push(AbortOnDropHandle::new(tokio::spawn(work)));
-    }
-
-    /// What the source says of spaces that are no RAM, or of units beyond them, is nothing to this side.
-    fn note_stale(&mut self, space: SpaceId, runs: &[Extent]) {
-        let disks = self.running.as_ref().map_or(0, |r| r.disks.len());
-        let block = usize::from(space.0).checked_sub(disks);
-        let Some(stale) = block.and_then(|block| self.stale.get_mut(block)) else {
-            return;
-        };
-        let whole = Extent::new(0, stale.capacity());
-        for run in runs {
-            stale.insert(run.clamp_to(whole));
-        }
     }
 
     fn granted(&mut self, grant: Grant) {
@@ -479,30 +477,18 @@ impl Incoming {
         let missing = "the grant came before the machine was ready";
         let state = self.state.take().ok_or(missing)?;
         let ram = self.ram.clone().ok_or(missing)?;
+        let evicted = self.stale.iter().map(UnitSet::len).sum::<u64>();
+        // Before QEMU runs, as it asks at once for what it lacks then.
+        ram.evict(&self.stale);
+        let fillings = self.disks_taken_over().ok_or(missing)?;
+        self.setup.arrivals.set_evicted();
         let running = self.running.as_ref().ok_or(missing)?;
-        let landing = self.landing.as_mut().ok_or(missing)?;
-        let mut fillings = Vec::new();
-        for (n, (volume, disk)) in landing.volumes.iter_mut().zip(&running.disks).enumerate() {
-            let info = spaces::disk(n, disk.name(), disk.size());
-            let journal = volume.journal.take().ok_or(missing)?;
-            let filling = Arc::new(Filling::new(
-                SpaceIn::absent(info),
-                Soil::Fresh,
-                volume.file.clone(),
-                journal,
-                self.setup.wants.clone(),
-                self.setup.board.clock(),
-            ));
+        for (filling, disk) in fillings.iter().zip(&running.disks) {
             disk.set_mode(Mode::Filling(filling.clone())).await;
-            fillings.push(filling);
         }
         self.setup.arrivals.set_disks(fillings);
         match ram.sink() {
             RamSink::Postcopy(sink) => {
-                let evicted = self.stale.iter().map(UnitSet::len).sum::<u64>();
-                // Before QEMU runs, as it asks at once for what it lacks then.
-                ram.evict(&self.stale);
-                self.setup.arrivals.set_evicted();
                 sink.run(&state, &self.stale)
                     .await
                     .map_err(|e| e.to_string())?;
@@ -597,6 +583,9 @@ impl Incoming {
         let (mouth, answers) = (self.setup.link.mouth.clone(), self.answers.clone());
         self.spawn(async move {
             let verified = async {
+                for disk in &disks {
+                    disk.record_ahead().await?;
+                }
                 let mut units = 0;
                 for disk in &disks {
                     disk.completed().await;
@@ -614,16 +603,16 @@ impl Incoming {
 
     async fn sample(&mut self) {
         let waiting = matches!(self.switch.phase(), Phase::Prepare | Phase::Copy);
-        if waiting
-            && self
-                .down_since
-                .is_some_and(|d| d.elapsed() > PATIENCE_BEFORE_GRANT)
-        {
+        let patience = match self.has_disks_ahead() {
+            true => PATIENCE_WITH_DISKS,
+            false => PATIENCE_BEFORE_GRANT,
+        };
+        if waiting && self.down_since.is_some_and(|d| d.elapsed() > patience) {
             // Safe whatever the source did meanwhile: a grant that is on its way finds a refusal.
             self.down_since = None;
             self.refusal = Some(format!(
                 "the source was out of reach for {} s",
-                PATIENCE_BEFORE_GRANT.as_secs()
+                patience.as_secs()
             ));
             self.event(DestinationEvent::Failed);
         }

@@ -27,13 +27,18 @@ use super::precopy::PATIENCE_IN_STOP;
 impl Outgoing {
     /// Brings ahead what can be; whether the guest may stop as far as this goes.
     pub(super) async fn step_ahead(&mut self) -> bool {
-        let can = self.setup.link.mouth.features() & FEATURE_AHEAD != 0;
-        if !self.setup.ahead || self.ram_mode == RamMode::Precopy || (self.ahead.is_none() && !can)
-        {
+        if self.ram_mode == RamMode::Precopy {
             return true;
         }
         if self.ahead.is_none() {
-            self.begin_ahead().await;
+            let knows = self.setup.link.mouth.features() & FEATURE_AHEAD != 0;
+            if self.setup.ahead && knows {
+                self.begin_ahead().await;
+            } else if self.has_disks_out() {
+                self.begin_barrier().await;
+            } else {
+                return true;
+            }
             return false;
         }
         self.refresh_ahead();
@@ -74,6 +79,14 @@ impl Outgoing {
         self.setup.flow.open();
     }
 
+    /// Nothing of RAM goes ahead, and all that did go ahead is to be with the destination before the guest stops.
+    async fn begin_barrier(&mut self) {
+        let now = self.now_ms();
+        let ahead = self.setup.flow.change(|out| Ahead::begin(out, [], now));
+        self.ahead = Some(ahead);
+        self.say_ahead().await;
+    }
+
     /// Asks the destination to let RAM in: at the beginning, and on each later connection before the stop.
     pub(super) async fn say_ahead(&self) {
         if self.ahead.is_some() && self.stopped.is_none() {
@@ -96,6 +109,9 @@ impl Outgoing {
     /// is still under way could not be told from what comes later.
     pub(super) async fn end_ahead_in_stop(&mut self) -> Result<(), String> {
         let until = tokio::time::Instant::now() + PATIENCE_IN_STOP;
+        if self.has_disks_out() && self.ahead.is_none() {
+            self.begin_barrier().await;
+        }
         loop {
             let flow = &self.setup.flow;
             let Some(ahead) = &mut self.ahead else {
@@ -128,7 +144,8 @@ impl Outgoing {
     }
 
     /// Names to the destination what it must not keep, with each grant anew.
-    pub(super) async fn say_stale(&self) {
+    pub(super) async fn say_stale(&mut self) {
+        self.say_stale_disks().await;
         let Some(ahead) = &self.ahead else { return };
         for space in ahead.spaces() {
             for runs in self.setup.flow.outdated(space).chunks(MAX_RUNS) {

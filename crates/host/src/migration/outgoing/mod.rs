@@ -7,6 +7,7 @@
 
 mod again;
 mod ahead;
+mod disks;
 mod ends;
 mod offer;
 mod precopy;
@@ -34,6 +35,7 @@ use whimbrel_wire::message::{
     pack,
 };
 
+use self::disks::{DisksOut, PATIENCE_WITH_DISKS};
 use self::precopy::RamPace;
 use super::board::Board;
 use super::departure::Departure;
@@ -101,6 +103,8 @@ pub struct Setup {
     pub ram: RamMode,
     /// With post-copy: what the guest only reads goes ahead of the switch.
     pub ahead: bool,
+    /// What the guest does not write to of its disks goes ahead of the switch.
+    pub disks_ahead: bool,
     /// With pre-copy: in which order.
     pub ram_order: Choice,
     pub hold: bool,
@@ -120,6 +124,7 @@ pub struct Outgoing {
     ram_mode: RamMode,
     layout_taken: bool,
     ahead: Option<Ahead>,
+    disks_out: Option<DisksOut>,
     rounds: Option<Rounds>,
     ram_pace: RamPace,
     /// The first full pass over RAM is in this daemon's memory.
@@ -168,6 +173,7 @@ impl Outgoing {
             ram_mode: RamMode::Postcopy,
             layout_taken: false,
             ahead: None,
+            disks_out: None,
             rounds: None,
             ram_pace: RamPace::default(),
             collected: false,
@@ -320,6 +326,7 @@ impl Outgoing {
                 if self.switch.phase() == Phase::Copy && self.ram.is_some() && !self.layout_taken {
                     self.say_layout().await;
                 }
+                self.say_disks_ahead().await;
                 self.say_ahead().await;
                 self.event(SourceEvent::LinkUp);
                 self.facts_due = true;
@@ -454,16 +461,17 @@ impl Outgoing {
     /// Time has passed: figures, and decisions that hang on it.
     async fn sample(&mut self) {
         self.figures();
+        let patience = match self.has_disks_out() {
+            true => PATIENCE_WITH_DISKS,
+            false => PATIENCE_BEFORE_GRANT,
+        };
         if let Some(since) = self.down_since {
-            if self.over.is_none()
-                && self.switch.can_cancel()
-                && since.elapsed() > PATIENCE_BEFORE_GRANT
-            {
+            if self.over.is_none() && self.switch.can_cancel() && since.elapsed() > patience {
                 self.fail(
                     ErrorCode::PeerUnreachable,
                     format!(
                         "the destination has been out of reach for {} s",
-                        PATIENCE_BEFORE_GRANT.as_secs()
+                        patience.as_secs()
                     ),
                 );
             } else if self.switch.is_unanswered()
@@ -477,7 +485,14 @@ impl Outgoing {
                 self.switch = Source::new(self.setup.runtime.epoch);
             }
         }
-        if self.switch.phase() != Phase::Copy || !self.layout_taken || !self.collected {
+        if self.switch.phase() != Phase::Copy {
+            return;
+        }
+        let disks_are_ahead = self.step_disks().await;
+        if disks_are_ahead && self.ram.is_none() {
+            self.start_ram().await;
+        }
+        if !self.layout_taken || !self.collected {
             return;
         }
         let all_ahead = self.step_ahead().await;
@@ -526,7 +541,11 @@ impl Outgoing {
                 view.link.waiting_for = None;
             }
         });
-        if !before_grant || self.ram_mode == RamMode::Precopy || self.ahead.is_some() {
+        if !before_grant
+            || self.ram_mode == RamMode::Precopy
+            || self.ahead.is_some()
+            || self.has_disks_out()
+        {
             self.setup.board.sample(
                 done * whimbrel_engine::space::UNIT,
                 total * whimbrel_engine::space::UNIT,
@@ -642,8 +661,8 @@ impl Outgoing {
         let Some(handover) = &self.handover else {
             return;
         };
-        self.say_stale().await;
         let packed = pack(&handover.device_state);
+        self.say_stale().await;
         let mouth = self.setup.link.mouth.clone();
         let mut parts = packed.chunks(STATE_PART).peekable();
         let mut before = 0;
@@ -665,8 +684,17 @@ impl Outgoing {
         self.after_grant().await;
     }
 
-    /// QEMU starts to send its memory here.
+    /// RAM waits for the disks that go ahead: a copy of it takes memory here, and would be old by then.
     async fn start_copy(&mut self) {
+        if self.may_send_disks() {
+            self.begin_disks().await;
+        } else {
+            self.start_ram().await;
+        }
+    }
+
+    /// QEMU starts to send its memory here.
+    async fn start_ram(&mut self) {
         let options = SourceOptions::new(self.ram_socket());
         let Some(qmp) = self.setup.qmp.clone() else {
             return self.fail(ErrorCode::Qemu, "the source's QEMU is gone");

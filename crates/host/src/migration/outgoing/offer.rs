@@ -33,7 +33,12 @@ pub(super) async fn release_disk(flow: &Flow, disk: &Disk, space: SpaceId, board
         Vec::new()
     });
     flow.change(|out| {
-        for hole in holes {
+        // What went ahead and was not written to since had content then and has it now.
+        let sent = out.sent(space).clone();
+        for hole in holes
+            .into_iter()
+            .flat_map(|hole| sent.gaps_within(hole).collect::<Vec<_>>())
+        {
             out.emptied(space, hole);
         }
         out.ready(space, Extent::new(0, disk.size().div_ceil(UNIT)));
@@ -41,8 +46,13 @@ pub(super) async fn release_disk(flow: &Flow, disk: &Disk, space: SpaceId, board
 }
 
 async fn holes_of(disk: &Disk) -> Result<Vec<Extent>, VolumeError> {
-    let units = disk.size().div_ceil(UNIT);
-    let mut data = UnitSet::empty(units);
+    let data = content_of(disk).await?;
+    Ok(data.gaps_within(Extent::new(0, data.capacity())).collect())
+}
+
+/// Units of a disk that have content, as its volume's storage tells.
+pub(super) async fn content_of(disk: &Disk) -> Result<UnitSet, VolumeError> {
+    let mut data = UnitSet::empty(disk.size().div_ceil(UNIT));
     let mut at = 0;
     while at < disk.size() {
         let runs = disk.file().data_extents(at, disk.size() - at).await?;
@@ -56,5 +66,5 @@ async fn holes_of(disk: &Disk) -> Result<Vec<Extent>, VolumeError> {
             break;
         }
     }
-    Ok(data.gaps_within(Extent::new(0, units)).collect())
+    Ok(data)
 }

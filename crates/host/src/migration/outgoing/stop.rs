@@ -59,6 +59,7 @@ impl Outgoing {
         for disk in &self.setup.disks {
             disk.set_mode(Mode::Frozen).await;
         }
+        self.end_disks();
         if self.ram_mode == RamMode::Precopy {
             if let Err(what) = self.finish_precopy(&handover).await {
                 self.handover = Some(handover);
@@ -72,6 +73,7 @@ impl Outgoing {
             self.outdate_ahead(&handover);
             self.offer_ram(&handover, &early);
         }
+        self.settle_disks();
         self.handover = Some(handover);
         self.event(SourceEvent::Stopped);
     }
