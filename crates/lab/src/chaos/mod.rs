@@ -92,6 +92,8 @@ pub struct Row {
     /// The guest's longest silence that lasted until after the stroke or began after it.
     pub silence_s: Option<f64>,
     pub dead_ms: u64,
+    /// Half of the runs, but none that is struck in the drain.
+    pub disks_ahead: bool,
     /// On a virtual processor at the destination, and at the source after that.
     pub ran_there_ms: f64,
     pub ran_here_after_ms: f64,
@@ -250,6 +252,7 @@ impl Stage {
         let mut row = Row {
             cell: cell.to_string(),
             dead_ms: draw.dead.as_millis() as u64,
+            disks_ahead: draw.disks_ahead,
             expected: cell.expected().iter().map(|o| o.name()).collect(),
             ..Row::default()
         };

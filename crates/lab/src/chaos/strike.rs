@@ -49,6 +49,8 @@ pub struct Draw {
     pub dead: Duration,
     /// How long the link stays cut.
     pub cut: Duration,
+    /// `--disks hybrid`: what the guest does not write to of its disk goes ahead.
+    pub disks_ahead: bool,
 }
 
 impl Draw {
@@ -58,6 +60,7 @@ impl Draw {
             delay: rng.below(1000),
             dead: Duration::from_millis(rng.below(1500)),
             cut: Duration::from_millis(1000 + rng.below(2500)),
+            disks_ahead: rng.below(2) == 0,
         }
     }
 
@@ -155,6 +158,10 @@ impl<'p> Striking<'p> {
         let held = self.cell.moment != Moment::Starting;
         if held {
             args.push("--hold");
+        }
+        // With little left for it, the drain is over before it is struck.
+        if self.draw.disks_ahead && self.cell.moment != Moment::Draining {
+            args.extend(["--disks", "hybrid"]);
         }
         let mut follow = self.pair.on(self.from).follow(&args)?;
         if held {

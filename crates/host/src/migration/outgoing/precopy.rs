@@ -131,15 +131,20 @@ impl Outgoing {
         let rate = self.ram_pace.last;
         let bytes = rest.units * UNIT;
         let soon = (rate as f64 * REST.as_secs_f64()) as u64;
-        let may_stop = bytes <= soon || rest.is_settled || sent > self.ram_sent_limit;
-        if may_stop && self.may_switch && bytes > soon {
-            let seconds = bytes as f64 / rate.max(1) as f64;
+        bytes <= soon || rest.is_settled || sent > self.ram_sent_limit
+    }
+
+    /// Says what a guest that is about to be stopped will stand still for, if it is much.
+    pub(super) fn foretell_precopy(&self) {
+        let Some(rounds) = &self.rounds else { return };
+        let bytes = self.setup.flow.change(|out| rounds.pending(out)) * UNIT;
+        let seconds = bytes as f64 / self.ram_pace.last.max(1) as f64;
+        if seconds > REST.as_secs_f64() {
             self.board().tell(format!(
                 "the guest writes to {} MiB all the time: they go while it stands still, about {seconds:.1} s",
                 bytes >> 20
             ));
         }
-        may_stop
     }
 
     /// With the guest stopped: the last pages cross, and the destination says that it has them all.

@@ -25,6 +25,7 @@ const STALE_POLL: Duration = Duration::from_millis(4);
 
 impl Outgoing {
     pub(super) async fn stop_guest(&mut self) {
+        self.foretell_precopy();
         // The flush that QEMU makes at the stop is short if little is left to flush.
         for disk in &self.setup.disks {
             if let Err(error) = disk.file().sync().await {
