@@ -10,8 +10,8 @@ use whimbrel_repository::SnapshotName;
 pub enum SnapshotCommand {
     /// Make a snapshot of all volumes of a machine at one instant; it runs on meanwhile
     ///
-    /// Only what changed since the last one is read, where that is known. Ending this command ends the work; no
-    /// snapshot is there then.
+    /// Only what changed since the last one is read, where that is known. Ending this command ends the work: the
+    /// snapshot is not there then, or, at the very end, wholly there.
     Create {
         /// The machine
         machine: Name,
