@@ -1,7 +1,7 @@
 //! Which crate may know which: the arrows of the design point one way, and this check keeps them so.
 //!
 //! ```text
-//! cli -> host -> {peer, nbd, qemu, volume} -> {wire, engine}      sim, workload, lab and xtask stand outside
+//! cli -> host -> {peer, nbd, qemu, volume} -> {wire, engine}, host -> repository -> engine; sim, workload, lab and xtask stand outside
 //! ```
 
 use crate::error::Error;
@@ -16,6 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("whimbrel-nbd", LOWEST),
     ("whimbrel-qemu", LOWEST),
     ("whimbrel-peer", LOWEST),
+    ("whimbrel-repository", &["whimbrel-engine"]),
     ("whimbrel-host", BELOW_HOST),
     ("whimbrel-sim", &["whimbrel-engine"]),
     ("whimbrel-cli", BELOW_CLI),
@@ -33,6 +34,7 @@ const BELOW_HOST: &[&str] = &[
     "whimbrel-nbd",
     "whimbrel-qemu",
     "whimbrel-peer",
+    "whimbrel-repository",
 ];
 
 const BELOW_CLI: &[&str] = &[
@@ -42,6 +44,7 @@ const BELOW_CLI: &[&str] = &[
     "whimbrel-nbd",
     "whimbrel-qemu",
     "whimbrel-peer",
+    "whimbrel-repository",
     "whimbrel-host",
     "whimbrel-sim",
 ];
@@ -53,6 +56,7 @@ const IN_LAB: &[&str] = &[
     "whimbrel-nbd",
     "whimbrel-qemu",
     "whimbrel-peer",
+    "whimbrel-repository",
     "whimbrel-host",
     "whimbrel-sim",
     "whimbrel-workload",
@@ -66,6 +70,7 @@ const PURE: &[&str] = &[
     "whimbrel-engine",
     "whimbrel-wire",
     "whimbrel-sim",
+    "whimbrel-repository",
     "whimbrel-workload",
     "xtask",
 ];

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::snapshot::args::SnapshotCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
@@ -58,6 +59,9 @@ pub enum Command {
     /// Machines: a QEMU and its volumes
     #[command(subcommand)]
     Machine(MachineCommand),
+    /// Snapshots: incremental backups of machines' volumes
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Move a running machine, RAM and disks, to another host
     Migrate(Migrate),
     /// Let a machine that is held in its copy switch to the other host now

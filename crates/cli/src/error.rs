@@ -53,6 +53,8 @@ pub enum CliError {
     Broken { volume: Name },
     #[error("something in {} is broken", root.display())]
     StateBroken { root: PathBuf },
+    #[error("something in the repository {} is damaged", place.display())]
+    RepositoryDamaged { place: PathBuf },
     #[error("no longer watching")]
     Interrupted { machine: Name },
     #[error("the log's filter `{filter}` is not understood: {source}")]
@@ -102,6 +104,7 @@ impl CliError {
             | CliError::File { .. }
             | CliError::Broken { .. }
             | CliError::StateBroken { .. }
+            | CliError::RepositoryDamaged { .. }
             | CliError::Interrupted { .. }
             | CliError::LogFilter { .. }
             | CliError::Runtime(_) => Exit::Failed,
@@ -166,6 +169,10 @@ impl CliError {
             CliError::Broken { .. } | CliError::StateBroken { .. } => told(ErrorCode::Damaged)
                 .machine_state("nothing was changed")
                 .next_step("do as the findings above say"),
+            CliError::RepositoryDamaged { place } => told(ErrorCode::Damaged)
+                .at(Some(place.display().to_string()))
+                .machine_state("nothing was changed; what is not named above can be restored")
+                .next_step("make a new snapshot, or bring the named objects back from a copy of the repository"),
             CliError::Interrupted { machine } => told(ErrorCode::Busy)
                 .machine_state(format!("the migration of {machine} goes on"))
                 .next_step(format!(

@@ -19,6 +19,7 @@ mod picture;
 mod progress;
 mod recovery;
 mod show;
+mod snapshot;
 mod volume;
 
 use args::{Cli, Command, HostCommand};
@@ -87,6 +88,7 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
         Command::Host(command) => host::host(context, command).await,
         Command::Volume(command) => volume::volume(context, command).await,
         Command::Machine(command) => machine::machine(context, command).await,
+        Command::Snapshot(command) => snapshot::snapshot(context, command).await,
         Command::Migrate(command) => migration::migrate(context, command).await,
         Command::Switch { machine } => migration::switch(context, machine).await,
         Command::Status { machine } => migration::status(context, machine).await,

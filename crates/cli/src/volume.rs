@@ -54,6 +54,7 @@ pub async fn volume(context: &Context, command: VolumeCommand) -> Result<(), Cli
                 name,
                 file,
                 uri,
+                snapshot: None,
                 format: format.map(Into::into),
                 to: stored(to, device.as_ref()),
                 device: device.as_deref().map(whole_path).transpose()?,

@@ -461,3 +461,6 @@ fn a_tebibyte_is_shown_at_once() {
     // 64 MiB, and 40 MiB for each TiB.
     assert!(kib < (64 + 2 * 40) * 1024);
 }
+
+#[path = "volumes/snapshots.rs"]
+mod snapshots;

@@ -41,6 +41,7 @@ use crate::service::first_view;
 use crate::state::{MigrationId, Name, RateLimit, StateDir, Timestamp};
 use crate::volumes::claims::Claims;
 use crate::volumes::heat::HeatShelf;
+use crate::volumes::tracker::TrackerShelf;
 
 /// Migrations to here that may be under way at once; one more source is turned away.
 const MAX_INCOMING: usize = 64;
@@ -129,6 +130,7 @@ pub async fn run(mut config: Config, stopping: CancellationToken) -> Result<(), 
             trust,
             pool,
             claims: Claims::default(),
+            trackers: TrackerShelf::default(),
             heat: HeatShelf::default(),
             pace,
         }),
@@ -173,8 +175,12 @@ pub async fn run(mut config: Config, stopping: CancellationToken) -> Result<(), 
     for machine in daemon.machines.all() {
         if let Some(running) = &mut machine.lock().await.running {
             running.leave();
+            for disk in &running.disks {
+                disk.stand_still().await;
+            }
         }
     }
+    daemon.host.trackers.save();
     tracing::info!("stopped; guests go on");
     Ok(())
 }

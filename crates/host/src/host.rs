@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::state::StateDir;
 use crate::volumes::claims::Claims;
 use crate::volumes::heat::HeatShelf;
+use crate::volumes::tracker::TrackerShelf;
 
 /// This host.
 pub struct Host {
@@ -24,6 +25,8 @@ pub struct Host {
     pub claims: Claims,
     /// What the guests read and write of their volumes.
     pub heat: HeatShelf,
+    /// What changed of volumes since their last snapshots.
+    pub trackers: TrackerShelf,
     /// The bandwidth of all migrations together.
     pub pace: Pace,
 }

@@ -7,6 +7,7 @@
 //! | [`daemon`] | start, stop, and the API's operations |
 //! | [`machines`], [`machine`] | the machines of this host, and a machine's QEMU, disks and cards |
 //! | [`volumes`] | a volume's life apart from any machine |
+//! | [`snapshots`] | a machine's disks at one instant, into a repository and back |
 //! | [`disk`] | a disk as its guest sees it, whatever state the volume is in |
 //! | [`migration`] | a machine on its way, at either end |
 //! | [`peers`] | reaching other hosts |
@@ -24,6 +25,7 @@ pub mod migration;
 pub mod peers;
 pub mod schedule;
 pub mod service;
+pub mod snapshots;
 pub mod state;
 pub mod volumes;
 mod wakers;

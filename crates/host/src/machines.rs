@@ -206,10 +206,12 @@ pub async fn open_data(host: &Host, record: &VolumeRecord) -> Result<Arc<Backend
     Ok(Arc::new(data.narrowed(record.size)?))
 }
 
-/// An opened volume as a disk, to be served as the mode says; what a guest reads and writes of it is logged.
+/// An opened volume as a disk, to be served as the mode says; what a guest reads and writes of it is logged,
+/// and what it changes is remembered for the next snapshot.
 pub fn disk_of(host: &Host, record: &VolumeRecord, file: Arc<Backend>, mode: Mode) -> Arc<Disk> {
     let disk = Disk::new(record.name.to_string(), record.size, file, mode);
-    Arc::new(disk.watched(host.heat.of(&host.state, record)))
+    let disk = disk.watched(host.heat.of(&host.state, record));
+    Arc::new(disk.tracked(host.trackers.of(&host.state, record)))
 }
 
 /// All machines of this host, by name.

@@ -314,3 +314,56 @@ fn a_machine_that_wants_errors_reported_is_not_paused() {
     assert_eq!(scene.status(Host::A), Some(MachineStatus::Running));
     std::fs::remove_file(filler).expect("removed");
 }
+
+/// A snapshot of the guest at work, and the faults of its disk when it is restored.
+fn snapshot_of(
+    scene: &Scene,
+    guest: &mut Guest,
+    repository: &str,
+    name: &str,
+) -> serde_json::Value {
+    // What it has heard of by now must be in it.
+    guest.listen();
+    let a = scene.on(Host::A);
+    let create = [
+        "snapshot", "create", NAME, "--to", repository, "--name", name,
+    ];
+    let made: serde_json::Value = a.answer(&create).expect("made");
+    println!("{made}");
+    let image = scene.folder().path().join(format!("{name}.raw"));
+    let file = image.to_string_lossy();
+    a.run(&["snapshot", "restore", repository, name, "--to", &file])
+        .expect("restored");
+    let faults = guest.verify_crashed(&image).expect("verified");
+    assert_eq!(faults, Vec::<String>::new(), "{name}");
+    std::fs::remove_file(image).expect("removed");
+    made
+}
+
+#[test]
+fn snapshots_of_a_guest_at_work_are_its_disk_after_a_power_cut() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    scene.works(&mut guest);
+    let repository = scene.folder().path().join("repository");
+    let repository = repository.to_string_lossy().into_owned();
+    let first = snapshot_of(&scene, &mut guest, &repository, "first");
+    scene.works(&mut guest);
+    let second = snapshot_of(&scene, &mut guest, &repository, "second");
+    assert_eq!(second["parent"], "first");
+    let stored = |made: &serde_json::Value| made["stored_bytes"].as_u64().expect("a number");
+    assert!(stored(&second) * 2 < stored(&first), "{first} {second}");
+    scene.works(&mut guest);
+    // The older one goes, the younger one has all it needs.
+    let a = scene.on(Host::A);
+    a.run(&["snapshot", "rm", &repository, "first"])
+        .expect("removed");
+    let verified: serde_json::Value = a
+        .answer(&["snapshot", "verify", &repository])
+        .expect("nothing is damaged");
+    assert_eq!(verified["damaged"], 0);
+    scene.verified_on(Host::A, &mut guest);
+}

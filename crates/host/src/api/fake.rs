@@ -542,6 +542,38 @@ impl Service for FakeService {
         self.known(name.as_str(), "web1", stopped)
     }
 
+    async fn create_snapshot(
+        &self,
+        machine: Name,
+        request: CreateSnapshot,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<SnapshotView, ApiError> {
+        self.note(format!(
+            "snapshot {machine} {}",
+            request.repository.display()
+        ));
+        progress.send_replace(ImportProgress { done: 1, total: 2 });
+        let view = SnapshotView {
+            name: request.name.unwrap_or_else(|| called("web1-first")),
+            machine: machine.clone(),
+            repository: request.repository,
+            taken: Timestamp::now(),
+            consistency: whimbrel_repository::Consistency::Crash,
+            parent: None,
+            pause_us: 850,
+            took_ms: 1200,
+            volumes: vec![SnapshotVolumeView {
+                name: "root".to_string(),
+                size: 1 << 30,
+                looked_at: 1 << 30,
+                whole_because: Some("there is no earlier one".to_string()),
+            }],
+            stored_bytes: 5 << 20,
+            put_aside_bytes: 0,
+        };
+        self.known(machine.as_str(), "web1", view)
+    }
+
     async fn resume_machine(&self, name: Name) -> Result<MachineView, ApiError> {
         self.note(format!("resume {name}"));
         self.known(name.as_str(), "web1", sample_machine())

@@ -8,6 +8,7 @@ pub mod joining;
 pub mod router;
 pub mod server;
 pub mod service;
+pub mod snapshots;
 pub mod socket;
 mod stream;
 pub mod types;

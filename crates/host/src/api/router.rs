@@ -15,6 +15,7 @@
 //! | `GET`, `POST /v1/machines` (`MachineSpec`) · `GET`, `DELETE /v1/machines/NAME` | `Listed<MachineView>`, `MachineView` |
 //! | `POST /v1/adoptions` (`AdoptRequest`) | `MachineView` |
 //! | `POST /v1/machines/NAME/start` · `stop` (`StopRequest`) | `MachineView` |
+//! | `POST /v1/machines/NAME/snapshot` (`CreateSnapshot`) | stream of `SnapshotLine` |
 //! | `POST /v1/machines/NAME/switch` · `cancel` · `throttle` (`ThrottleRequest`) | `MigrationView` |
 //! | `GET`, `POST /v1/migrations` (`MigrateRequest`) · `GET /v1/migrations/ID` | `Listed<MigrationView>`, `MigrationView` |
 //! | `GET /v1/migrations/ID/watch` | stream of `WatchLine` |
@@ -94,6 +95,7 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
         )
         .route("/v1/machines/{name}/start", post(start_machine::<S>))
         .route("/v1/machines/{name}/stop", post(stop_machine::<S>))
+        .route("/v1/machines/{name}/snapshot", post(create_snapshot::<S>))
         .route("/v1/machines/{name}/resume", post(resume_machine::<S>))
         .route(
             "/v1/machines/{name}/recovery",
@@ -419,13 +421,14 @@ async fn import_volume<S: Service>(
     State(s): Of<S>,
     Said(request): Said<ImportVolume>,
 ) -> Result<Response, ApiError> {
-    match (&request.file, &request.uri) {
-        (Some(file), None) => whole_path(file, "file to import")?,
-        (None, Some(_)) => {}
+    match (&request.file, &request.uri, &request.snapshot) {
+        (Some(file), None, None) => whole_path(file, "file to import")?,
+        (None, Some(_), None) => {}
+        (None, None, Some(from)) => whole_path(&from.repository, "repository")?,
         _ => {
             return Err(ApiError::new(
                 ErrorCode::Invalid,
-                "an import is of a file or of a URI, one of the two",
+                "an import is of a file, of a URI or of a snapshot, one of the three",
             )
             .machine_state("nothing was changed"));
         }
@@ -439,6 +442,18 @@ async fn import_volume<S: Service>(
     let (progress, news) = watch::channel(ImportProgress::default());
     let service = s.service;
     let work = async move { service.import_volume(request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn create_snapshot<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<CreateSnapshot>,
+) -> Result<Response, ApiError> {
+    whole_path(&request.repository, "repository")?;
+    let (progress, news) = watch::channel(ImportProgress::default());
+    let service = s.service;
+    let work = async move { service.create_snapshot(name, request, progress).await };
     Ok(stream::import(work, news, s.stopping))
 }
 

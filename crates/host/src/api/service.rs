@@ -80,6 +80,13 @@ pub trait Service: Send + Sync + 'static {
     fn define_machine(&self, spec: MachineSpec) -> answer!(MachineView);
     fn start_machine(&self, name: Name) -> answer!(MachineView);
     fn stop_machine(&self, name: Name, request: StopRequest) -> answer!(MachineView);
+    /// Makes a snapshot of the machine's volumes; as an import, it ends with its client.
+    fn create_snapshot(
+        &self,
+        machine: Name,
+        request: CreateSnapshot,
+        progress: watch::Sender<ImportProgress>,
+    ) -> answer!(SnapshotView);
     /// Lets a guest go on that a disk's error paused.
     fn resume_machine(&self, name: Name) -> answer!(MachineView);
     /// Where a machine stands whose move does not go on, and what may be done.

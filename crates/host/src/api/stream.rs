@@ -5,7 +5,7 @@
 //! `watch` channels, which keep the newest value only, so a slow client costs nothing but its 64 KiB pipe.
 
 use super::error::{ApiError, ErrorCode};
-use super::types::{ImportLine, ImportProgress, MigrationView, StreamLine, VolumeView, WatchLine};
+use super::types::{ImportProgress, MigrationView, StreamLine, WatchLine};
 use axum::body::Body;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -101,9 +101,9 @@ async fn write_migration(
     }
 }
 
-/// Runs an import and streams how far it is. The import ends with the client or the daemon.
-pub(super) fn import(
-    work: impl Future<Output = Result<VolumeView, ApiError>> + Send + 'static,
+/// Runs an import, or what is like one, and streams how far it is. It ends with the client or the daemon.
+pub(super) fn import<D: Serialize + Send + Sync + 'static>(
+    work: impl Future<Output = Result<D, ApiError>> + Send + 'static,
     mut news: watch::Receiver<ImportProgress>,
     stopping: CancellationToken,
 ) -> Response {
@@ -117,31 +117,32 @@ pub(super) fn import(
     })
 }
 
-struct AbortOnDrop(JoinHandle<Result<VolumeView, ApiError>>);
+struct AbortOnDrop<D>(JoinHandle<Result<D, ApiError>>);
 
-impl Drop for AbortOnDrop {
+impl<D> Drop for AbortOnDrop<D> {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-async fn write_import(
+async fn write_import<D: Serialize>(
     lines: &mut Lines,
-    work: &mut AbortOnDrop,
+    work: &mut AbortOnDrop<D>,
     news: &mut watch::Receiver<ImportProgress>,
     stopping: &CancellationToken,
 ) -> io::Result<()> {
     loop {
         tokio::select! {
             () = stopping.cancelled() => {
-                return lines.write(&ImportLine::Error(ApiError::stopping())).await;
+                let line = StreamLine::<ImportProgress, D>::Error(ApiError::stopping());
+                return lines.write(&line).await;
             }
             result = &mut work.0 => {
                 let line = match result {
-                    Ok(Ok(volume)) => ImportLine::Done(volume),
-                    Ok(Err(error)) => ImportLine::Error(error),
-                    Err(panic) => ImportLine::Error(
-                        ApiError::new(ErrorCode::Internal, format!("the import broke off: {panic}"))
+                    Ok(Ok(done)) => StreamLine::<ImportProgress, D>::Done(done),
+                    Ok(Err(error)) => StreamLine::Error(error),
+                    Err(panic) => StreamLine::Error(
+                        ApiError::new(ErrorCode::Internal, format!("the work broke off: {panic}"))
                             .next_step("look into the daemon's log"),
                     ),
                 };
@@ -150,6 +151,7 @@ async fn write_import(
             () = sleep(SHORTEST) => {}
         }
         let progress = *news.borrow_and_update();
-        lines.write(&ImportLine::Progress(progress)).await?;
+        let line = StreamLine::<ImportProgress, D>::Progress(progress);
+        lines.write(&line).await?;
     }
 }

@@ -5,6 +5,7 @@
 
 use super::error::ApiError;
 pub use super::joining::*;
+pub use super::snapshots::*;
 use crate::state::{
     Accel, ByteSize, LatencyBound, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit,
     Timestamp, VolumeUuid,
@@ -162,12 +163,14 @@ pub struct CreateVolume {
 #[serde(deny_unknown_fields)]
 pub struct ImportVolume {
     pub name: Name,
-    /// A file the daemon can read; absolute. This or `uri`.
+    /// A file the daemon can read; absolute. This, or `uri`, or `snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uri: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotVolume>,
     /// The file's; by its name if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<ImageFormat>,

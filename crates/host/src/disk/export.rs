@@ -111,6 +111,7 @@ impl Export for Disk {
         match &*mode {
             Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
+                self.before_change(offset, data.len() as u64).await;
                 self.file()
                     .write(offset, data)
                     .await
@@ -119,6 +120,7 @@ impl Export for Disk {
             }
             Mode::Filling(filling) => {
                 self.touched.store(true, Ordering::Release);
+                self.before_change(offset, data.len() as u64).await;
                 filling.write(offset, data, fua).await
             }
             Mode::Frozen | Mode::Arriving(_) => Err(self.fenced()),
@@ -141,6 +143,11 @@ impl Export for Disk {
         match &*mode {
             Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
+                // A discard is a hint, and not worth putting gigabytes aside for.
+                if self.shot_now().is_some_and(|shot| shot.wants(offset, len)) {
+                    return self.sync_if(fua).await;
+                }
+                self.before_change(offset, len).await;
                 self.file()
                     .discard(offset, len)
                     .await
@@ -149,6 +156,7 @@ impl Export for Disk {
             }
             Mode::Filling(filling) => {
                 self.touched.store(true, Ordering::Release);
+                self.before_change(offset, len).await;
                 filling.trim(offset, len, fua).await
             }
             Mode::Frozen | Mode::Arriving(_) => Err(self.fenced()),
@@ -162,6 +170,7 @@ impl Export for Disk {
         match &*mode {
             Mode::Open | Mode::Noted(_) => {
                 self.touched.store(true, Ordering::Release);
+                self.before_change(offset, len).await;
                 self.file()
                     .write_zeroes(offset, len, zeroes_of(how))
                     .await
@@ -170,6 +179,7 @@ impl Export for Disk {
             }
             Mode::Filling(filling) => {
                 self.touched.store(true, Ordering::Release);
+                self.before_change(offset, len).await;
                 filling.zero(offset, len, how).await
             }
             Mode::Frozen | Mode::Arriving(_) => Err(self.fenced()),

@@ -13,28 +13,34 @@
 //! write that was acknowledged is in the file, noted if it was to be, and none will follow.
 
 mod behind;
+mod bits;
 mod changes;
 mod export;
 mod felt;
 mod filling;
+mod shot;
 mod wants;
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, RwLockWriteGuard};
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::Backend;
 use whimbrel_volume::heat::{AccessKind, AccessLog};
 
 use crate::volumes::heat::Heat;
+use crate::volumes::tracker::Tracker;
 
+pub use bits::Bits;
 pub use changes::Changes;
 pub use export::MachineDisks;
 pub use filling::{Filling, Soil, Verified, absolute};
+pub use shot::{GivenUp, Shot};
 pub use wants::{Asked, DemandFigures, Wants};
 
 /// Reads a disk at the other end of a migration, without moving anything.
@@ -79,7 +85,16 @@ pub struct Disk {
     touched: AtomicBool,
     /// Where the guest's reads and writes are logged, if anywhere.
     heat: Option<Arc<Heat>>,
+    /// Where what the guest changes is remembered for the next snapshot, if anywhere.
+    tracker: Option<Arc<Tracker>>,
+    /// The instant that a snapshot is being made of.
+    shot: Mutex<Option<Arc<Shot>>>,
+    /// There is one. Set and looked at under the mode's lock, so that no write misses it.
+    has_shot: AtomicBool,
 }
+
+/// How long the daemon, when it ends, waits for a write that is under way.
+const LAST_WRITES: Duration = Duration::from_secs(2);
 
 impl Disk {
     pub fn new(name: String, size: u64, file: Arc<Backend>, mode: Mode) -> Self {
@@ -91,23 +106,32 @@ impl Disk {
             read_only: false,
             touched: AtomicBool::new(false),
             heat: None,
+            tracker: None,
+            shot: Mutex::new(None),
+            has_shot: AtomicBool::new(false),
         }
     }
 
     /// The same disk, of which clients are told that they cannot write.
-    pub fn read_only(self) -> Self {
-        Disk {
-            read_only: true,
-            ..self
-        }
+    pub fn read_only(mut self) -> Self {
+        self.read_only = true;
+        self
     }
 
     /// The same disk, whose reads and writes are logged.
-    pub fn watched(self, heat: Arc<Heat>) -> Self {
-        Disk {
-            heat: Some(heat),
-            ..self
+    pub fn watched(mut self, heat: Arc<Heat>) -> Self {
+        self.heat = Some(heat);
+        self
+    }
+
+    /// The same disk, whose changes are remembered.
+    pub fn tracked(mut self, tracker: Arc<Tracker>) -> Self {
+        tracker.opened(&self.file);
+        if let Mode::Filling(_) | Mode::Arriving(_) = self.mode.get_mut() {
+            tracker.lose(FILLED);
         }
+        self.tracker = Some(tracker);
+        self
     }
 
     fn log(&self, kind: AccessKind, offset: u64, len: u64) {
@@ -150,6 +174,9 @@ impl Disk {
     /// Changes what the guest may do, after the writes under way have ended.
     pub async fn set_mode(&self, mode: Mode) {
         let mut now = self.mode.write().await;
+        if let (Mode::Filling(_), Some(tracker)) = (&mode, &self.tracker) {
+            tracker.lose(FILLED);
+        }
         self.touched.store(false, Ordering::Release);
         *now = mode;
     }
@@ -161,5 +188,64 @@ impl Disk {
     pub async fn freeze(&self) -> Result<(), VolumeError> {
         self.set_mode(Mode::Frozen).await;
         self.file.sync().await
+    }
+
+    /// No write is under way, and none begins, while this is held; reads wait as well.
+    pub async fn stilled(&self) -> RwLockWriteGuard<'_, Mode> {
+        self.mode.write().await
+    }
+
+    /// Lets nothing in any more: the daemon ends, and what clients ask for meanwhile they ask its successor for.
+    pub async fn stand_still(&self) {
+        let Ok(still) = tokio::time::timeout(LAST_WRITES, self.mode.write()).await else {
+            return;
+        };
+        std::mem::forget(still);
+        if let Some(tracker) = &self.tracker {
+            tracker.sealed(&self.file);
+        }
+    }
+
+    /// From now on what the shot wants is put aside before it is changed. While the disk is [stilled](Self::stilled).
+    pub fn begin_shot(&self, shot: Arc<Shot>) {
+        *self.shot() = Some(shot);
+        self.has_shot.store(true, Ordering::Release);
+    }
+
+    /// Nothing is put aside any more.
+    pub fn end_shot(&self) {
+        self.has_shot.store(false, Ordering::Release);
+        *self.shot() = None;
+    }
+
+    fn shot(&self) -> std::sync::MutexGuard<'_, Option<Arc<Shot>>> {
+        self.shot.lock().expect("no holder of this lock panics")
+    }
+
+    fn shot_now(&self) -> Option<Arc<Shot>> {
+        match self.has_shot.load(Ordering::Acquire) {
+            true => self.shot().clone(),
+            false => None,
+        }
+    }
+
+    /// Before every change by the guest, under the mode's lock.
+    async fn before_change(&self, offset: u64, len: u64) {
+        if let Some(tracker) = &self.tracker {
+            tracker.mark(offset, len);
+        }
+        if let Some(shot) = self.shot_now() {
+            shot.before_change(offset, len).await;
+        }
+    }
+}
+
+const FILLED: &str = "the volume came here by a migration since";
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Some(tracker) = &self.tracker {
+            tracker.closed(&self.file);
+        }
     }
 }

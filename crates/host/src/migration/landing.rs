@@ -490,6 +490,7 @@ mod tests {
     use crate::config::Config;
     use crate::volumes::claims::Claims;
     use crate::volumes::heat::HeatShelf;
+    use crate::volumes::tracker::TrackerShelf;
     use whimbrel_peer::identity::Identity;
     use whimbrel_peer::pace::{Pace, Rate};
     use whimbrel_peer::trust::TrustStore;
@@ -508,6 +509,7 @@ mod tests {
             state,
             pool: Pool::start(PoolSize::default()).expect("threads"),
             claims: Claims::default(),
+            trackers: TrackerShelf::default(),
             heat: HeatShelf::default(),
             pace: Pace::new(Rate::Unlimited),
         }

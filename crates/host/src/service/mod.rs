@@ -42,7 +42,7 @@ use crate::state::{
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(90);
 
 impl Daemon {
-    fn machine_named(&self, name: &Name) -> Result<Arc<Machine>, ApiError> {
+    pub(crate) fn machine_named(&self, name: &Name) -> Result<Arc<Machine>, ApiError> {
         self.machines.get(name).ok_or_else(|| no_machine(name))
     }
 
@@ -381,6 +381,15 @@ impl Service for Daemon {
         Ok(self.machine_view(&machine).await)
     }
 
+    async fn create_snapshot(
+        &self,
+        machine: Name,
+        request: CreateSnapshot,
+        progress: watch::Sender<ImportProgress>,
+    ) -> Result<SnapshotView, ApiError> {
+        self.take_snapshot(machine, request, progress).await
+    }
+
     async fn resume_machine(&self, name: Name) -> Result<MachineView, ApiError> {
         let machine = self.machine_named(&name)?;
         {
@@ -619,7 +628,7 @@ impl Service for Daemon {
 }
 
 impl Daemon {
-    fn is_migrating(&self, standing: &Standing) -> bool {
+    pub(crate) fn is_migrating(&self, standing: &Standing) -> bool {
         let migrations = Daemon::migrations(self);
         standing
             .migration

@@ -1,4 +1,4 @@
-//! Making a volume from a disk that lies elsewhere: an image, or behind an NBD URI.
+//! Making a volume from a disk that lies elsewhere: an image, behind an NBD URI, or in a snapshot.
 
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,7 @@ use crate::api::{ApiError, ErrorCode};
 use crate::daemon::Daemon;
 use crate::host::Host;
 use crate::service::errors::volume_error;
+use crate::snapshots::{RestoreError, SnapshotSource};
 
 impl From<NbdError> for ApiError {
     fn from(error: NbdError) -> ApiError {
@@ -55,6 +56,9 @@ impl Daemon {
         let mut new = NewVolume::begin(host, &request.name, request.to, device)?;
         if let Some(uri) = &request.uri {
             let from = NbdSource::open(&uri.parse::<NbdUri>()?).await?;
+            fill(host, &mut new, &from, &progress).await?;
+        } else if let Some(from) = &request.snapshot {
+            let from = SnapshotSource::open(from).await?;
             fill(host, &mut new, &from, &progress).await?;
         } else if let Some(file) = &request.file {
             let format = match request.format {
@@ -152,6 +156,12 @@ struct Told<E>(E);
 
 impl From<Told<NbdError>> for ApiError {
     fn from(told: Told<NbdError>) -> ApiError {
+        told.0.into()
+    }
+}
+
+impl From<Told<RestoreError>> for ApiError {
+    fn from(told: Told<RestoreError>) -> ApiError {
         told.0.into()
     }
 }

@@ -51,7 +51,12 @@ impl Daemon {
         let folder = self.host.state.volume_folder(&name);
         let mut found = Findings::default();
         let alone = match self.alone(&name).await {
-            Ok((_, claim)) => Some(claim),
+            Ok((_, claim)) => {
+                if request.repair {
+                    self.host.trackers.lose(&self.host.state, &record);
+                }
+                Some(claim)
+            }
             Err(error) if request.repair => return Err(error),
             Err(error) if error.code == ErrorCode::NotFound => return Err(error),
             Err(_) => None,

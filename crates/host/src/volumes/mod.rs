@@ -8,6 +8,7 @@
 //! | `take` | a volume's content as a file or as another volume |
 //! | `serve`, `papers` | a volume as an NBD export over TCP, and the certificates for that |
 //! | `resize`, `check` | what their names say |
+//! | `tracker` | what changed since the last snapshot |
 //! | `heat`, `picture` | what the guest reads and writes, kept; and shown with what is here |
 //!
 //! Everything new is made under a draft's name, made durable, and only then named: whoever is killed or
@@ -25,6 +26,7 @@ mod picture;
 mod resize;
 mod serve;
 mod take;
+pub mod tracker;
 
 use crate::api::{ApiError, ErrorCode};
 use crate::daemon::Daemon;

@@ -21,6 +21,7 @@ impl Daemon {
         request: ResizeVolume,
     ) -> Result<VolumeView, ApiError> {
         let (mut record, _claim) = self.alone(&name).await?;
+        self.host.trackers.lose(&self.host.state, &record);
         let size = request.size.bytes();
         let shrinks = size < record.size;
         if shrinks && !request.shrink {

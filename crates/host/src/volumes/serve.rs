@@ -79,6 +79,9 @@ impl Daemon {
             }
         };
         let file = open_data(&self.host, &record).await?;
+        if request.writable {
+            self.host.trackers.lose(&self.host.state, &record);
+        }
         let disk = disk_for(name.as_str(), file, request.writable);
         let listener = TcpListener::bind(request.address).await.map_err(|e| {
             refused(
