@@ -1,0 +1,89 @@
+//! What this host knows of a migration over time, whether or not a daemon has lived through it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::api::ApiError;
+use crate::api::ErrorCode;
+use crate::api::types::{ReportEntry, ReportView, TimelineView};
+use crate::daemon::Daemon;
+use crate::migration::recording::{read, read_view};
+use crate::report::{elsewhere, summary};
+use crate::state::{MigrationId, Timestamp};
+
+use super::errors::no_migration;
+
+impl Daemon {
+    /// Newest first.
+    pub(super) async fn known_reports(&self) -> Result<Vec<ReportEntry>, ApiError> {
+        let held: BTreeMap<MigrationId, ReportEntry> = self
+            .migrations()
+            .iter()
+            .map(|(id, held)| (id.clone(), ReportEntry::from(&held.board.view())))
+            .collect();
+        let state = self.host.state.clone();
+        beside(move || {
+            let mut entries = held;
+            for id in state.migrations()?.records {
+                if !entries.contains_key(&id)
+                    && let Some(view) = read_view(&state.migration_folder(&id))
+                {
+                    entries.insert(id, ReportEntry::from(&view));
+                }
+            }
+            let mut entries: Vec<_> = entries.into_values().collect();
+            entries.sort_by(|a, b| b.started.cmp(&a.started).then(a.id.cmp(&b.id)));
+            Ok(entries)
+        })
+        .await
+    }
+
+    pub(super) async fn report_of(&self, id: MigrationId) -> Result<ReportView, ApiError> {
+        let held = self.migrations().get(&id).map(Arc::clone);
+        let held = held.map(|held| held.board.view());
+        let folder = self.host.state.migration_folder(&id);
+        let host = self.host.name.clone();
+        beside(move || {
+            let view = held.or_else(|| read_view(&folder));
+            let view = view.ok_or_else(|| {
+                no_migration(&id).next_step("`whimbrel report --list` shows those known here")
+            })?;
+            let timeline = match read(&folder, view.started)? {
+                Some(kept) => TimelineView::from(kept),
+                None => nothing_since(view.started),
+            };
+            let summary = summary(&view, &timeline);
+            Ok(ReportView {
+                host,
+                elsewhere: elsewhere(&view, &summary, &timeline),
+                migration: view,
+                summary,
+                timeline,
+            })
+        })
+        .await
+    }
+}
+
+fn nothing_since(started: Timestamp) -> TimelineView {
+    TimelineView {
+        started,
+        resolution_ms: whimbrel_engine::timeline::FINEST_MS,
+        spaces: Vec::new(),
+        events: Vec::new(),
+        stretches: Vec::new(),
+        damaged_lines: 0,
+    }
+}
+
+/// Reads files where waiting for a disk holds up nobody.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        ApiError::new(
+            ErrorCode::Internal,
+            format!("reading a migration's record failed: {error}"),
+        )
+    })?
+}
