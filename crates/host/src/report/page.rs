@@ -20,6 +20,7 @@ p{margin:.3rem 0}.soft{color:var(--soft)}code{font:13px ui-monospace,'DejaVu San
 .tile b{display:block;font-size:1.25rem}.tile span{color:var(--soft);font-size:.85rem}
 svg.plot{width:100%;height:auto;display:block;margin:.4rem 0}
 table{border-collapse:collapse;width:100%;font-size:14px}
+table.narrow{width:auto;min-width:22rem}table.narrow td+td{padding-left:2rem}
 th,td{text-align:left;padding:.28rem .7rem .28rem 0;border-bottom:1px solid var(--grid);vertical-align:top}
 th{color:var(--soft);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bar{display:inline-block;width:110px;height:9px;background:var(--grid);border-radius:4px;overflow:hidden}
@@ -254,7 +255,7 @@ fn figures(report: &ReportView) -> Vec<(String, String)> {
 }
 
 fn table(out: &mut String, head: &str, rows: impl IntoIterator<Item = (String, String)>) {
-    let _ = writeln!(out, "<h2>{head}</h2>\n<table>");
+    let _ = writeln!(out, "<h2>{head}</h2>\n<table class=\"narrow\">");
     for (name, value) in rows {
         let _ = writeln!(
             out,
@@ -268,7 +269,7 @@ fn table(out: &mut String, head: &str, rows: impl IntoIterator<Item = (String, S
 
 fn events(out: &mut String, report: &ReportView) {
     out.push_str(
-        "<h2>What happened</h2>\n<table><tr><th class=\"n\">after</th><th>what</th></tr>\n",
+        "<h2>What happened</h2>\n<table class=\"narrow\"><tr><th class=\"n\">after</th><th>what</th></tr>\n",
     );
     for event in &report.timeline.events {
         let what = match &event.what {

@@ -189,7 +189,8 @@ fn scaled(unit: Unit, most: f64) -> (f64, &'static str) {
 
 /// A value with its unit.
 pub fn say(unit: Unit, value: f64) -> String {
-    let (size, word) = scaled(unit, value.abs());
+    let most = if value == 0.0 { 1.0 } else { value.abs() };
+    let (size, word) = scaled(unit, most);
     format!("{} {word}", short(value / size))
         .trim_end()
         .to_string()
@@ -359,7 +360,7 @@ fn title(out: &mut String, top: f64, text: &str) {
 
 /// How wide a word is, more or less: there is nobody to ask.
 fn width_of(word: &str) -> f64 {
-    6.6 * word.chars().count() as f64
+    7.2 * word.chars().count() as f64
 }
 
 fn legend(out: &mut String, top: f64, series: &[Series]) {
@@ -377,7 +378,7 @@ fn legend(out: &mut String, top: f64, series: &[Series]) {
             at(top + 20.0),
             escape(&name)
         );
-        x -= 30.0;
+        x -= 32.0;
     }
 }
 

@@ -1,7 +1,9 @@
 //! What this host knows of a migration over time, whether or not a daemon has lived through it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::api::ApiError;
 use crate::api::ErrorCode;
@@ -12,6 +14,10 @@ use crate::report::{elsewhere, summary};
 use crate::state::{MigrationId, Timestamp};
 
 use super::errors::no_migration;
+
+/// How long the record of a migration that has just ended is waited for.
+const AT_MOST: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 impl Daemon {
     /// Newest first.
@@ -42,6 +48,9 @@ impl Daemon {
         let held = self.migrations().get(&id).map(Arc::clone);
         let held = held.map(|held| held.board.view());
         let folder = self.host.state.migration_folder(&id);
+        if held.as_ref().is_some_and(|view| view.ended.is_some()) {
+            is_written(&folder).await;
+        }
         let host = self.host.name.clone();
         beside(move || {
             let view = held.or_else(|| read_view(&folder));
@@ -62,6 +71,19 @@ impl Daemon {
             })
         })
         .await
+    }
+}
+
+/// Waits until the end that was told has been written down too: a matter of milliseconds, if it can be at all.
+async fn is_written(folder: &Path) {
+    let until = Instant::now() + AT_MOST;
+    while Instant::now() < until {
+        let folder = folder.to_path_buf();
+        let view = beside(move || Ok(read_view(&folder))).await;
+        if matches!(view, Ok(Some(view)) if view.ended.is_some()) {
+            return;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

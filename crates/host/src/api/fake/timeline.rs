@@ -6,7 +6,7 @@ use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::switchover::Phase;
 
 use crate::api::types::{
-    Counts, Event, Happened, ReportView, Stretch, TimelineSpace, TimelineView,
+    Counts, DemandStats, Event, Happened, ReportView, Stretch, TimelineSpace, TimelineView,
 };
 use crate::report;
 use crate::state::Timestamp;
@@ -116,6 +116,13 @@ pub fn sample_report() -> ReportView {
         space.units_sent = space.units_live + 10;
         space.bytes_sent = 2_000 * space.units_live;
     }
+    let demands = timeline.stretches.iter().map(|s| s.demands).sum();
+    view.demands = DemandStats {
+        count: demands,
+        p50_ms: 32.0,
+        p99_ms: 33.1,
+        max_ms: 33.1,
+    };
     let summary = report::summary(&view, &timeline);
     ReportView {
         host: "a".to_string(),
