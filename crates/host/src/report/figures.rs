@@ -26,8 +26,8 @@ pub fn elsewhere(view: &MigrationView, summary: &Summary, timeline: &TimelineVie
     );
     if summary.restarts > 0 && view.direction == Direction::Outgoing {
         said.push(
-            "a daemon was restarted meanwhile: what it had counted in its last quarter of a second is lost, and the \
-             final report tells of the last daemon only"
+            "a daemon was restarted meanwhile: what it had counted since it last wrote is lost, and the final report tells \
+             of the last daemon only"
                 .to_string(),
         );
     }

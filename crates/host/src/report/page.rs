@@ -169,10 +169,6 @@ fn space_row(out: &mut String, space: &SpaceProgress, is_source: bool) {
 fn figures(report: &ReportView) -> Vec<(String, String)> {
     let (view, summary) = (&report.migration, &report.summary);
     let mut rows: Vec<(String, String)> = vec![
-        (
-            "strategy".into(),
-            format!("{:?}", view.strategy).to_lowercase(),
-        ),
         ("limit".into(), view.bandwidth.to_string()),
         (
             "compress, delta".into(),
@@ -306,7 +302,7 @@ pub fn html(report: &ReportView) -> String {
          <meta name=\"color-scheme\" content=\"light dark\"/><title>{machine} {way}</title>\n\
          <style>{STYLE}{PAGE_STYLE}</style></head>\n<body>\n<h1>{machine} {way}</h1>\n\
          <p class=\"soft\">Migration <code>{}</code>, {}, as {} saw it. Began {}{}.</p>\n",
-        escape(&view.id.to_string()),
+        escape(view.id.as_str()),
         state(view.state),
         escape(&report.host),
         report.timeline.started,

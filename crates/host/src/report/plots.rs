@@ -15,6 +15,9 @@ const LONG: f64 = 25.0;
 /// A timeline of longer stretches has nothing to see closely.
 const CLOSE_MS: u64 = 1000;
 
+/// What of a stretch is drawn.
+type Count = fn(&Stretch) -> u64;
+
 fn seconds(ms: u64) -> f64 {
     ms as f64 / 1e3
 }
@@ -59,7 +62,7 @@ fn rate(bytes: u64, s: &Stretch) -> f64 {
 }
 
 fn throughput(report: &ReportView) -> Vec<Series> {
-    let parts: [(&str, usize, fn(&Stretch) -> u64); 3] = [
+    let parts: [(&str, usize, Count); 3] = [
         ("demanded", 2, |s| s.demand_bytes),
         ("RAM pushed", 0, |s| s.ram_bytes),
         ("disks pushed", 1, |s| s.disk_bytes),
@@ -154,7 +157,7 @@ fn colour_of(phase: Phase) -> usize {
 }
 
 fn held(report: &ReportView) -> Option<Strip> {
-    let reasons: [(&str, usize, fn(&Stretch) -> u64); 3] = [
+    let reasons: [(&str, usize, Count); 3] = [
         ("for the guest's I/O", 4, |s| s.guard_ms),
         ("by its own limit", 6, |s| s.limit_ms),
         ("by the host's limit", 5, |s| s.host_ms),

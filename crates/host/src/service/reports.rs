@@ -31,8 +31,8 @@ impl Daemon {
         beside(move || {
             let mut entries = held;
             for id in state.migrations()?.records {
-                if !entries.contains_key(&id)
-                    && let Some(view) = read_view(&state.migration_folder(&id))
+                if let Some(view) = read_view(&state.migration_folder(&id))
+                    && (view.ended.is_some() || !entries.contains_key(&id))
                 {
                     entries.insert(id, ReportEntry::from(&view));
                 }
@@ -53,7 +53,12 @@ impl Daemon {
         }
         let host = self.host.name.clone();
         beside(move || {
-            let view = held.or_else(|| read_view(&folder));
+            // A daemon that only tells its peer of an end once more knows nothing but that.
+            let told = read_view(&folder);
+            let view = match told {
+                Some(told) if told.ended.is_some() => Some(told),
+                told => held.or(told),
+            };
             let view = view.ok_or_else(|| {
                 no_migration(&id).next_step("`whimbrel report --list` shows those known here")
             })?;

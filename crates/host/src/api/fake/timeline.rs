@@ -24,7 +24,7 @@ fn stretch(n: u64) -> Stretch {
     let mut waits = Latencies::default();
     if from_ms >= 8_000 {
         (0..40).for_each(|i| guest.record(200 + 37 * i + 20 * n));
-        if drains && n % 3 == 0 {
+        if drains && n.is_multiple_of(3) {
             guest.record(40_000 + 1_000 * n);
             (0..5).for_each(|i| waits.record(31_000 + 500 * i));
         }

@@ -106,7 +106,9 @@ impl Kept {
 }
 
 impl From<Kept> for TimelineView {
-    fn from(kept: Kept) -> TimelineView {
+    fn from(mut kept: Kept) -> TimelineView {
+        // What was heard of late happened before what was written by then.
+        kept.events.sort_by_key(|event| event.at_ms);
         TimelineView {
             started: kept.started,
             resolution_ms: kept.resolution_ms,

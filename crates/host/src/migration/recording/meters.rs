@@ -8,7 +8,6 @@ use whimbrel_engine::space::SpaceKind;
 use whimbrel_engine::timeline::{Counts, Stretch};
 use whimbrel_peer::pace::{Pace, Rate};
 
-use crate::api::types::MigrationView;
 use crate::disk::Wants;
 use crate::migration::arrivals::Arrivals;
 use crate::migration::easing::Easing;
@@ -39,6 +38,7 @@ pub struct Reading {
     bytes: [u64; 3],
     /// Plain, zstd, zero, delta.
     units: [u64; 4],
+    /// Counted at the destination: what the source hears of them outlives its daemon, and would count twice.
     demands: u64,
     guard_ms: u64,
     /// Bytes a second, of the migration and of the host.
@@ -65,7 +65,7 @@ impl Meters {
     }
 
     /// Nothing if the driver is gone.
-    pub fn read(&self, view: &MigrationView) -> Option<Reading> {
+    pub fn read(&self) -> Option<Reading> {
         match self {
             Meters::Source {
                 flow,
@@ -73,7 +73,6 @@ impl Meters {
                 pace,
                 host,
             } => Some(Reading {
-                demands: view.demands.count,
                 limits: [limit(pace), limit(host)],
                 ..of_source(&*flow.upgrade()?, &*easing.upgrade()?)
             }),

@@ -51,24 +51,28 @@ const VIEW: &str = "view.json";
 /// Keeps the record of a migration until it is over.
 pub fn keep(state: &StateDir, board: Arc<Board>, meters: Meters) {
     let state = state.clone();
+    let view = board.view();
     tokio::spawn(async move {
-        let id = board.view().id;
-        let folder = state.migration_folder(&id);
+        let folder = state.migration_folder(&view.id);
         let opened = tokio::task::spawn_blocking({
             let folder = folder.clone();
-            let (began, clock) = (board.view().started, board.clock());
+            let clock = board.clock();
             move || {
-                clear_away(&state, &id);
-                Recorder::open(&folder, began, clock)
+                clear_away(&state, &view.id);
+                let told = read_view(&folder);
+                if told.is_some_and(|told| told.ended.is_some()) {
+                    return Ok(None);
+                }
+                Recorder::open(&folder, view.started, clock).map(Some)
             }
         });
         match opened.await {
-            Ok(Ok(recorder)) => recorder.run(board, meters).await,
+            Ok(Ok(Some(recorder))) => recorder.run(board, meters, view.phase).await,
             Ok(Err(error)) => {
                 tracing::warn!(%error, "there will be no record of a migration over time");
             }
-            // The runtime is going down.
-            Err(_) => {}
+            // It was over already, and the peer is only to be told so again; or the runtime is going down.
+            Ok(Ok(None)) | Err(_) => {}
         }
     });
 }
@@ -147,20 +151,20 @@ impl Recorder {
         })
     }
 
-    async fn run(mut self, board: Arc<Board>, meters: Meters) {
+    async fn run(mut self, board: Arc<Board>, meters: Meters, began_with: Phase) {
         let mut news = board.watch();
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut told_phase = None;
+        let mut lines = Vec::new();
         if self.events.is_empty() {
-            let phase = board.view().phase;
-            board.mark_at(self.clock, Happened::Phase(phase));
+            lines = self.events_of(vec![(self.clock, Happened::Phase(began_with))]);
         }
         loop {
             let view = board.view();
-            let mut lines = self.events_of(board.take_happened());
+            lines.extend(self.events_of(board.take_happened()));
             let is_over = view.ended.is_some();
-            let Some(reading) = meters.read(&view) else {
+            let Some(reading) = meters.read() else {
                 // The driver has gone, and all it knew with it.
                 let closed = self.timeline.finish();
                 lines.extend(self.after(closed));
@@ -174,7 +178,8 @@ impl Recorder {
             }
             let is_news = told_phase != Some(view.phase) && !in_switchover(view.phase) || is_over;
             told_phase = Some(view.phase);
-            self = self.write(lines, is_news.then_some(view)).await;
+            let written = std::mem::take(&mut lines);
+            self = self.write(written, is_news.then_some(view)).await;
             if is_over {
                 return;
             }
@@ -346,3 +351,6 @@ impl Line {
         Line::Stretch(Box::new(stretch))
     }
 }
+
+#[cfg(test)]
+mod tests;
