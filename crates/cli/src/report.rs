@@ -204,8 +204,9 @@ fn held(report: &ReportView) -> String {
 fn space_rows(report: &ReportView) -> String {
     let is_source = report.migration.direction == Direction::Outgoing;
     let row = |s: &SpaceProgress| {
-        let there = (s.units_resident.min(s.units_live) * 1000)
-            .checked_div(s.units_live)
+        // Holes and zeroes are counted when they are known to be such.
+        let there = (s.units_resident.min(s.units_total) * 1000)
+            .checked_div(s.units_total)
             .unwrap_or(1000);
         let only = |text: String| if is_source { text } else { "-".to_string() };
         [

@@ -151,7 +151,8 @@ fn space_row(out: &mut String, space: &SpaceProgress, is_source: bool) {
         SpaceKind::Disk => "disk",
         SpaceKind::Ram => "RAM",
     };
-    let there = share(space.units_resident, space.units_live);
+    // Holes and zeroes are counted when they are known to be such.
+    let there = share(space.units_resident, space.units_total);
     let only = |text: String| if is_source { text } else { "–".to_string() };
     let _ = writeln!(
         out,

@@ -475,7 +475,11 @@ fn chart(out: &mut String, top: f64, chart: &Chart) {
             at(LEFT),
             at(WIDTH - RIGHT),
             at(WIDTH - RIGHT - 4.0),
-            at(y(level.at) - 5.0),
+            at(if y(level.at) < frame.top + 16.0 {
+                y(level.at) + 14.0
+            } else {
+                y(level.at) - 5.0
+            }),
             escape(&level.name),
             y = at(y(level.at)),
         );

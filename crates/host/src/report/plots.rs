@@ -108,16 +108,17 @@ fn residency(report: &ReportView) -> Vec<Series> {
         (space.name.clone(), colour, of)
     });
     let mut series = stacked(&timeline.stretches, parts);
-    // At the destination all there is has to be there, holes too: that line says nothing.
-    if report.migration.direction == Direction::Outgoing {
-        let sum = |s: &Stretch| s.live.iter().sum::<u64>() as f64 * UNIT as f64;
-        series.push(Series {
-            name: "has to be there".to_string(),
-            colour: 7,
-            shape: Shape::Line,
-            steps: steps(&timeline.stretches, |_, s| Some((0.0, sum(s)))),
-        });
-    }
+    // What is there includes holes and zeroes, since the destination counts them when it is told of them: it is to
+    // be compared with all there is, not with what has to cross.
+    let all: u64 = timeline.spaces.iter().map(|s| s.units_total).sum();
+    series.push(Series {
+        name: "in all".to_string(),
+        colour: 7,
+        shape: Shape::Line,
+        steps: steps(&timeline.stretches, |_, s| {
+            (!s.resident.is_empty()).then_some((0.0, (all * UNIT) as f64))
+        }),
+    });
     series
 }
 
@@ -285,7 +286,7 @@ pub(super) fn panels(report: &ReportView) -> Vec<Panel> {
     }
     if !report.timeline.spaces.is_empty() {
         panels.push(Panel::Chart(chart(
-            "At the destination",
+            "At the destination, holes and zeroes included",
             Unit::Bytes,
             residency(report),
         )));

@@ -14,6 +14,10 @@ use crate::state::Timestamp;
 const RAM: u64 = 60_000;
 const DISK: u64 = 160_000;
 
+/// With what is zero, and with holes.
+const ALL_RAM: u64 = 131_072;
+const ALL_DISK: u64 = 262_144;
+
 fn stretch(n: u64) -> Stretch {
     let (from_ms, to_ms) = (n * 250, n * 250 + 250);
     let is_down = (15_000..18_000).contains(&from_ms);
@@ -47,7 +51,7 @@ fn stretch(n: u64) -> Stretch {
         guard_ms: if drains && n > 90 { 250 } else { 0 },
         held_to: (drains && n > 90).then_some(60_000_000),
         rtt_us: 30_500,
-        resident: vec![part(DISK, 8_000, 29_500), part(RAM, 1_250, 14_000)],
+        resident: vec![part(ALL_DISK, 8_000, 29_500), part(ALL_RAM, 1_250, 14_000)],
         live: vec![DISK, RAM],
         ..Stretch::default()
     }
@@ -67,12 +71,12 @@ pub fn sample_timeline() -> TimelineView {
             TimelineSpace {
                 name: "root".to_string(),
                 kind: SpaceKind::Disk,
-                units_total: 262_144,
+                units_total: ALL_DISK,
             },
             TimelineSpace {
                 name: "RAM".to_string(),
                 kind: SpaceKind::Ram,
-                units_total: 131_072,
+                units_total: ALL_RAM,
             },
         ],
         events: vec![
@@ -112,7 +116,7 @@ pub fn sample_report() -> ReportView {
             SpaceKind::Disk => DISK,
             SpaceKind::Ram => RAM,
         };
-        space.units_resident = space.units_live;
+        space.units_resident = space.units_total;
         space.units_sent = space.units_live + 10;
         space.bytes_sent = 2_000 * space.units_live;
     }
