@@ -1,5 +1,9 @@
 //! The command line.
 
+mod report;
+
+pub use report::Report;
+
 use crate::snapshot::args::SnapshotCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -79,6 +83,8 @@ pub enum Command {
         /// The machine; may be left out if only one migrates
         machine: Option<Name>,
     },
+    /// Show what a migration did over time, while it goes on or afterwards, at either end
+    Report(Report),
     /// Give a migration up; the machine stays at its source
     Cancel {
         /// The machine

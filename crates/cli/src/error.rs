@@ -49,6 +49,8 @@ pub enum CliError {
     Migration(Box<MigrationView>),
     #[error("several machines migrate: {}", .0.iter().map(Name::as_str).collect::<Vec<_>>().join(", "))]
     WhichMigration(Vec<Name>),
+    #[error("{}", no_report(.asked))]
+    NoReport { asked: String, known: Vec<String> },
     #[error("volume {volume} is broken")]
     Broken { volume: Name },
     #[error("something in {} is broken", root.display())]
@@ -64,6 +66,13 @@ pub enum CliError {
     },
     #[error("cannot start: {0}")]
     Runtime(io::Error),
+}
+
+fn no_report(asked: &str) -> String {
+    match asked {
+        "" => "there is no migration to report on".to_string(),
+        asked => format!("no migration, or more than one, goes by `{asked}`"),
+    }
 }
 
 fn settled(view: &MigrationView) -> String {
@@ -102,6 +111,7 @@ impl CliError {
             | CliError::NotUnderstood { .. }
             | CliError::TooLong { .. }
             | CliError::File { .. }
+            | CliError::NoReport { .. }
             | CliError::Broken { .. }
             | CliError::StateBroken { .. }
             | CliError::RepositoryDamaged { .. }
@@ -166,6 +176,9 @@ impl CliError {
             CliError::WhichMigration(_) => {
                 told(ErrorCode::Invalid).next_step("name the one to watch: `whimbrel watch MACHINE`")
             }
+            CliError::NoReport { known, .. } => told(ErrorCode::NotFound)
+                .machine_state("nothing was changed")
+                .next_step(crate::report::known_words(known)),
             CliError::Broken { .. } | CliError::StateBroken { .. } => told(ErrorCode::Damaged)
                 .machine_state("nothing was changed")
                 .next_step("do as the findings above say"),

@@ -18,6 +18,7 @@ mod peers;
 mod picture;
 mod progress;
 mod recovery;
+mod report;
 mod show;
 mod snapshot;
 mod volume;
@@ -93,6 +94,7 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
         Command::Switch { machine } => migration::switch(context, machine).await,
         Command::Status { machine } => migration::status(context, machine).await,
         Command::Watch { machine } => migration::watch(context, machine).await,
+        Command::Report(command) => report::report(context, command).await,
         Command::Cancel { machine } => migration::cancel(context, machine).await,
         Command::Recover {
             machine,

@@ -35,6 +35,7 @@ use crate::migration::incoming::{self, Incoming};
 use crate::migration::outgoing::Command;
 use crate::migration::peeks::Peeks;
 use crate::migration::record::MigrationJournal;
+use crate::migration::recording;
 use crate::peers::Dialler;
 use crate::schedule;
 use crate::service::first_view;
@@ -338,6 +339,7 @@ impl Daemon {
         if known {
             incoming.resume(destination);
         } else {
+            recording::keep(&self.host.state, board.clone(), incoming.meters());
             self.hold(id, Held::incoming(board));
         }
         self.let_in(session, peer, door, incoming);

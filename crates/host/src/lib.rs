@@ -11,6 +11,7 @@
 //! | [`disk`] | a disk as its guest sees it, whatever state the volume is in |
 //! | [`migration`] | a machine on its way, at either end |
 //! | [`peers`] | reaching other hosts |
+//! | [`report`] | what a migration came to, as figures, plots and a page |
 //! | [`fsck`] | explaining a state directory, without a daemon |
 
 pub mod api;
@@ -23,6 +24,7 @@ pub mod machine;
 pub mod machines;
 pub mod migration;
 pub mod peers;
+pub mod report;
 pub mod schedule;
 pub mod service;
 pub mod snapshots;

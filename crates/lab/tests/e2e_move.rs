@@ -2,16 +2,18 @@
 
 mod e2e_support;
 
-use e2e_support::{NAME, can_run, fast, start};
+use e2e_support::{NAME, Scene, can_run, fast, start};
 use whimbrel_lab::net::Host;
-use whimbrel_lab::pair::answers::{MachineStatus, SpaceKind};
+use whimbrel_lab::pair::answers::{
+    MachineStatus, MigrationReport, Phase, ReportSummary, ReportView, SpaceKind,
+};
 
 #[test]
 fn a_running_machine_moves_and_verifies() {
     if !can_run() {
         return;
     }
-    let scene = start(&fast());
+    let mut scene = start(&fast());
     let mut guest = scene.guest_on(Host::A);
     // Told to, not left to it: what a busy machine has time for is another matter.
     let ended = scene.moves(Host::A, &["--compress", "zstd:1"]);
@@ -43,7 +45,46 @@ fn a_running_machine_moves_and_verifies() {
     assert_eq!(scene.status(Host::B), Some(MachineStatus::Running));
     let machine = scene.machine(Host::B, NAME).expect("shown").expect("known");
     assert!(machine.pid.is_some());
+    let reports = both_ends_report(&scene, &report);
     scene.verified_on(Host::B, &mut guest);
+    // What was recorded outlives the daemon that recorded it.
+    for (host, before) in Host::BOTH.into_iter().zip(reports) {
+        scene.site_mut(host).stop().expect("stopped");
+        scene.site_mut(host).start().expect("up again");
+        assert_eq!(report_of(&scene, host).summary, before);
+    }
+}
+
+fn report_of(scene: &Scene, host: Host) -> ReportView {
+    let said = scene.on(host).run(&["report", NAME]).expect("a report");
+    serde_json::from_str(&said).expect("understood")
+}
+
+/// What was recorded over time agrees with what the migration says it came to, at either end.
+fn both_ends_report(scene: &Scene, told: &MigrationReport) -> [ReportSummary; 2] {
+    let [source, destination] = Host::BOTH.map(|host| report_of(scene, host));
+    for report in [&source, &destination] {
+        assert_eq!(report.migration.phase, Phase::Complete);
+        let phases: Vec<Phase> = report.summary.phases.iter().map(|p| p.phase).collect();
+        assert_eq!(phases.first(), Some(&Phase::Prepare), "{phases:?}");
+        assert_eq!(phases.last(), Some(&Phase::Complete), "{phases:?}");
+        assert!(report.summary.guest_requests > 0);
+        assert!(
+            report
+                .elsewhere
+                .iter()
+                .any(|note| note.starts_with("only "))
+        );
+    }
+    let (at_a, at_b) = (source.summary, destination.summary);
+    assert_eq!(at_a.blackout_ms, told.blackout_ms);
+    let sent = |s: &ReportSummary| [s.ram_bytes + s.disk_bytes, s.demand_bytes];
+    assert_eq!(sent(&at_a), [told.sent.push, told.sent.demand]);
+    assert_eq!(sent(&at_b), sent(&at_a), "nothing was lost on the way");
+    assert_eq!(at_b.blackout_ms, None);
+    let part = at_b.blackout_parts.first().expect("its own part").ms;
+    assert!(told.blackout_ms.is_some_and(|whole| part <= whole + 1.0));
+    [at_a, at_b]
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //! It knows one machine (`web1`), one volume (`root`) and one peer (`b`). Whatever else it is asked for it
 //! does not have. A migration shows the views it was given, in order.
 
+mod timeline;
+
 use super::error::{ApiError, ErrorCode};
 use super::service::Service;
 use super::types::*;
@@ -17,6 +19,8 @@ use whimbrel_engine::switchover::{Epoch, Phase};
 use whimbrel_peer::invitation::{InvitationId, InvitationState};
 use whimbrel_peer::rights::Rights;
 use whimbrel_peer::trust::PeerName;
+
+pub use self::timeline::{sample_report, sample_timeline};
 
 /// See the module.
 #[derive(Debug)]
@@ -684,6 +688,18 @@ impl Service for FakeService {
             ..self.migration.borrow().clone()
         };
         self.known(machine.as_str(), "web1", view)
+    }
+
+    async fn reports(&self) -> Result<Listed<ReportEntry>, ApiError> {
+        let view = self.migration.borrow().clone();
+        Ok(Listed {
+            items: vec![ReportEntry::from(&view)],
+            damaged: Vec::new(),
+        })
+    }
+
+    async fn report(&self, id: MigrationId) -> Result<ReportView, ApiError> {
+        self.known(id.as_str(), "m-1", sample_report())
     }
 
     async fn watch(&self, id: MigrationId) -> Result<watch::Receiver<MigrationView>, ApiError> {

@@ -19,6 +19,7 @@
 //! | `POST /v1/machines/NAME/switch` · `cancel` · `throttle` (`ThrottleRequest`) | `MigrationView` |
 //! | `GET`, `POST /v1/migrations` (`MigrateRequest`) · `GET /v1/migrations/ID` | `Listed<MigrationView>`, `MigrationView` |
 //! | `GET /v1/migrations/ID/watch` | stream of `WatchLine` |
+//! | `GET /v1/reports` · `GET /v1/reports/ID` | `Listed<ReportEntry>`, `ReportView` |
 //!
 //! Every refusal is an [`ApiError`] with a status that fits its code.
 
@@ -108,6 +109,8 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
         .route("/v1/migrations", get(migrations::<S>).post(migrate::<S>))
         .route("/v1/migrations/{id}", get(migration::<S>))
         .route("/v1/migrations/{id}/watch", get(watch_migration::<S>))
+        .route("/v1/reports", get(reports::<S>))
+        .route("/v1/reports/{id}", get(report::<S>))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -559,6 +562,17 @@ async fn throttle<S: Service>(
     Said(request): Said<ThrottleRequest>,
 ) -> Answer<MigrationView> {
     s.service.throttle(name, request.bandwidth).await.map(json)
+}
+
+async fn reports<S: Service>(State(s): Of<S>) -> Answer<Listed<ReportEntry>> {
+    s.service.reports().await.map(json)
+}
+
+async fn report<S: Service>(
+    State(s): Of<S>,
+    Called(id): Called<MigrationId>,
+) -> Answer<ReportView> {
+    s.service.report(id).await.map(json)
 }
 
 async fn watch_migration<S: Service>(

@@ -105,6 +105,10 @@ pub trait Service: Send + Sync + 'static {
     fn cancel(&self, machine: Name) -> answer!(MigrationView);
     /// Changes the bandwidth of the machine's migration from now on.
     fn throttle(&self, machine: Name, bandwidth: RateLimit) -> answer!(MigrationView);
+    /// Migrations of which there is a report, newest first; also such as earlier daemons left.
+    fn reports(&self) -> answer!(Listed<ReportEntry>);
+    /// Everything this host knows of a migration, at any time after it began.
+    fn report(&self, id: MigrationId) -> answer!(ReportView);
     /// The migration's view, now and whenever it changes. May be dropped at any time.
     fn watch(&self, id: MigrationId) -> answer!(watch::Receiver<MigrationView>);
 }

@@ -5,6 +5,7 @@
 
 use super::error::ApiError;
 pub use super::joining::*;
+pub use super::reporting::*;
 pub use super::snapshots::*;
 use crate::state::{
     Accel, ByteSize, LatencyBound, Mac, MachineSpec, MigrationId, Name, Ownership, RateLimit,

@@ -33,6 +33,7 @@ use crate::migration::record::{
     MigrationJournal, is_over, mark_over, read_bandwidth, read_compress, read_delta, read_latency,
     read_layout,
 };
+use crate::migration::recording::{self, Meters};
 use crate::service::first_view;
 use crate::state::{
     LatencyBound, MachineSpec, MigrationId, Name, Ownership, QemuProcess, StateDir, StateError,
@@ -256,6 +257,7 @@ impl Daemon {
         let view = first_view(id.clone(), name, peer.name.clone(), Direction::Incoming);
         let board = Arc::new(Board::new(view));
         let (mut incoming, door) = self.incoming(board.clone(), journal);
+        recording::keep(&self.host.state, board.clone(), incoming.meters());
         incoming.take_up(destination, plan).await;
         self.hold(id.clone(), Held::incoming(board));
         // Only now: the source must not meet a half-made session.
@@ -438,6 +440,8 @@ impl Daemon {
         let (host, dialler) = (self.host.clone(), self.dialler(peer, session));
         tokio::spawn(async move {
             let flow = Arc::new(Flow::default());
+            let meters = Meters::source(&flow, &easing, &pace, &host.pace);
+            recording::keep(&host.state, board.clone(), meters);
             offer_again(&flow, &disks, layout.as_ref(), qmp.as_ref(), pid, &board).await;
             let (ram_changes, changes) = watch::channel(false);
             let link = Departure::redial(Gear {

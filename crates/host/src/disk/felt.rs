@@ -25,6 +25,8 @@ pub struct Felt {
 #[derive(Default)]
 struct Inner {
     counted: Latencies,
+    /// The same, for whoever keeps the record; without what goes on.
+    unrecorded: Latencies,
     /// Requests that have not ended; as many as the guest may have in flight.
     open: BTreeMap<u64, Open>,
     next: u64,
@@ -55,7 +57,9 @@ impl Drop for Request<'_> {
         let link = self.felt.link();
         let mut inner = self.felt.inner();
         if let Some(open) = inner.open.remove(&self.number) {
-            inner.counted.record(open.age(link));
+            let age = open.age(link);
+            inner.counted.record(age);
+            inner.unrecorded.record(age);
         }
     }
 }
@@ -93,6 +97,11 @@ impl Felt {
     pub fn set_round_trip(&self, rtt: Duration) {
         self.round_trip_us
             .store(rtt.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// How long requests took that ended since this was asked last, whatever the link did; for the record.
+    pub fn take_unrecorded(&self) -> Latencies {
+        std::mem::take(&mut self.inner().unrecorded)
     }
 
     /// What was counted since the last call, and what goes on for a while already.

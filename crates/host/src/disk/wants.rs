@@ -11,6 +11,7 @@ use std::sync::Mutex;
 
 use hdrhistogram::Histogram;
 use tokio::sync::Notify;
+use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::space::{Extent, SpaceId};
 
 use super::felt::Felt;
@@ -41,6 +42,8 @@ pub struct Wants {
     inner: Mutex<Inner>,
     some: Notify,
     latencies: Mutex<Histogram<u64>>,
+    /// Waits of answered demands that whoever keeps the record has not taken yet.
+    unrecorded: Mutex<Latencies>,
     /// How long the guest's requests took.
     pub felt: Felt,
 }
@@ -63,6 +66,7 @@ impl Default for Wants {
                 Histogram::new_with_bounds(1, MAX_LATENCY_US, 3)
                     .expect("constant bounds that hdrhistogram accepts"),
             ),
+            unrecorded: Mutex::default(),
             felt: Felt::default(),
         }
     }
@@ -131,6 +135,20 @@ impl Wants {
         for &us in micros {
             latencies.saturating_record(us.max(1));
         }
+        drop(latencies);
+        let mut unrecorded = self.unrecorded();
+        micros.iter().for_each(|&us| unrecorded.record(us));
+    }
+
+    fn unrecorded(&self) -> std::sync::MutexGuard<'_, Latencies> {
+        self.unrecorded
+            .lock()
+            .expect("no holder of this lock panics")
+    }
+
+    /// How long answered demands took since this was asked last, for the record.
+    pub fn take_unrecorded(&self) -> Latencies {
+        std::mem::take(&mut self.unrecorded())
     }
 
     pub fn figures(&self) -> DemandFigures {

@@ -315,7 +315,7 @@ async fn control_in(
                 let _ = pongs.try_send(payload);
             }
             Heard::Pong(_) => {}
-            Heard::Units(_) => {
+            Heard::Units { .. } => {
                 return Err(LaneError::OutOfPlace {
                     said: "units on the control connection",
                 });
@@ -398,11 +398,13 @@ async fn push_in(
             keeps = true;
         }
         match heard {
-            Heard::Units(units) if life.arrivals.keeps_order(units.space) => {
+            Heard::Units { units, bytes } if life.arrivals.keeps_order(units.space) => {
+                life.arrivals.count(&units, bytes);
                 life.arrivals.take(units).await?;
             }
-            Heard::Units(units) => {
+            Heard::Units { units, bytes } => {
                 let arrivals = life.arrivals.clone();
+                arrivals.count(&units, bytes);
                 storing.spawn(async move { Ok(arrivals.take(units).await?) });
             }
             Heard::Ping(_) | Heard::Pong(_) => {}

@@ -1,6 +1,6 @@
 //! What arrives at the destination, and where it goes: disks into their files, RAM into QEMU.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 use whimbrel_engine::inflow::{FillPlan, SpaceIn};
+use whimbrel_engine::outflow::Class;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, UNIT};
 use whimbrel_qemu::sink::{PostcopySink, PrecopySink};
@@ -225,6 +226,8 @@ pub struct Arrivals {
     ram_gate: watch::Sender<bool>,
     /// Units frames stored so far.
     frames: watch::Sender<u64>,
+    /// Bytes of frames that came, by class.
+    received: Received,
     /// The machine does not come here: what is still sent is thrown away. Were it an error, the connection
     /// would break before the source could hear the refusal on it.
     refused: AtomicBool,
@@ -234,7 +237,32 @@ pub struct Arrivals {
     at_work: TaskTracker,
 }
 
+/// Bytes of frames with units that came, headers included.
+#[derive(Debug, Default)]
+struct Received {
+    ram: AtomicU64,
+    disk: AtomicU64,
+    demand: AtomicU64,
+}
+
 impl Arrivals {
+    /// A frame came, of so many bytes.
+    pub fn count(&self, units: &Units, bytes: u64) {
+        let is_disk = usize::from(units.space.0) < self.disks_expected.load(Ordering::Acquire);
+        let counter = match units.class {
+            Class::Demand => &self.received.demand,
+            Class::Push if is_disk => &self.received.disk,
+            Class::Push => &self.received.ram,
+        };
+        counter.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of frames that came so far: RAM and disks' content that were pushed, and what was demanded.
+    pub fn received(&self) -> [u64; 3] {
+        let received = &self.received;
+        [&received.ram, &received.disk, &received.demand].map(|n| n.load(Ordering::Relaxed))
+    }
+
     /// Nothing is stored any more, whatever comes.
     pub fn refuse(&self) {
         self.refused.store(true, Ordering::Release);

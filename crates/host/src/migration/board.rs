@@ -8,17 +8,22 @@ use whimbrel_engine::progress::Progress;
 use whimbrel_engine::switchover::Phase;
 
 use crate::api::error::ApiError;
-use crate::api::types::{EtaRange, LinkView, MigrationState, MigrationView};
+use crate::api::types::{EtaRange, Happened, LinkView, MigrationState, MigrationView};
 use crate::state::Timestamp;
 
 /// Most messages kept; the oldest go first.
 const MAX_MESSAGES: usize = 64;
+
+/// Most happenings that wait for whoever keeps the record, who takes them four times a second; further ones are
+/// not recorded.
+const MAX_HAPPENED: usize = 256;
 
 /// The board of one migration.
 pub struct Board {
     view: watch::Sender<MigrationView>,
     progress: Mutex<Progress>,
     started: Instant,
+    happened: Mutex<Vec<(Instant, Happened)>>,
 }
 
 impl Board {
@@ -27,6 +32,7 @@ impl Board {
             view: watch::Sender::new(view),
             progress: Mutex::new(Progress::default()),
             started: Instant::now(),
+            happened: Mutex::default(),
         }
     }
 
@@ -47,6 +53,23 @@ impl Board {
         self.view.send_modify(f);
     }
 
+    /// Something happened now that the record is to tell of.
+    pub fn mark(&self, what: Happened) {
+        self.mark_at(Instant::now(), what);
+    }
+
+    pub fn mark_at(&self, at: Instant, what: Happened) {
+        let mut happened = self.happened.lock().expect("no holder of this lock panics");
+        if happened.len() < MAX_HAPPENED {
+            happened.push((at, what));
+        }
+    }
+
+    /// What happened since this was asked last.
+    pub fn take_happened(&self) -> Vec<(Instant, Happened)> {
+        std::mem::take(&mut self.happened.lock().expect("no holder of this lock panics"))
+    }
+
     /// The phase whose work is about to be done: a stop that does not come to its end is to be seen as one.
     /// An end is told when it is one.
     pub fn entering(&self, phase: Phase) {
@@ -60,6 +83,7 @@ impl Board {
             if view.phase != phase {
                 tracing::info!(migration = %view.id, machine = %view.machine, %phase, "phase");
                 view.phase = phase;
+                self.mark(Happened::Phase(phase));
             }
         });
     }
@@ -71,6 +95,7 @@ impl Board {
     /// Something worth telling a person.
     pub fn tell(&self, message: impl Into<String>) {
         let message = message.into();
+        self.mark(Happened::Told(message.clone()));
         self.update(|view| {
             tracing::info!(migration = %view.id, machine = %view.machine, "{message}");
             if view.messages.len() == MAX_MESSAGES {
@@ -81,7 +106,15 @@ impl Board {
     }
 
     pub fn link(&self, f: impl FnOnce(&mut LinkView)) {
-        self.update(|view| f(&mut view.link));
+        self.update(|view| {
+            let before = view.link.connected;
+            f(&mut view.link);
+            match (before, view.link.connected) {
+                (true, false) => self.mark(Happened::LinkDown),
+                (false, true) => self.mark(Happened::LinkUp),
+                _ => {}
+            }
+        });
     }
 
     pub fn fail(&self, state: MigrationState, error: ApiError) {

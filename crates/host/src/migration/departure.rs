@@ -537,7 +537,7 @@ async fn control_in(
             }
             Heard::Pong(Some(rtt)) => life.governor.pong(rtt, Instant::now()),
             Heard::Pong(None) => {}
-            Heard::Units(_) => return Err(LaneError::OutOfPlace { said: "units" }),
+            Heard::Units { .. } => return Err(LaneError::OutOfPlace { said: "units" }),
             Heard::Message(Message::Demand { space, runs }) => flow.demand(space, &runs),
             Heard::Message(Message::Forget { space, runs }) => flow.forget(space, &runs),
             Heard::Message(Message::Have {

@@ -32,6 +32,8 @@ pub struct Easing {
 struct Inner {
     guard: Guard,
     heard: Latencies,
+    /// The same, for whoever keeps the record.
+    unrecorded: Latencies,
     /// How long a flush would have waited at the destination, at most.
     backlog_us: u64,
     /// Bytes that push brought to disks in this period, and when that began.
@@ -59,6 +61,7 @@ impl Easing {
             inner: Mutex::new(Inner {
                 guard: Guard::new(us),
                 heard: Latencies::default(),
+                unrecorded: Latencies::default(),
                 backlog_us: 0,
                 used: 0,
                 begun: None,
@@ -75,7 +78,14 @@ impl Easing {
 
     /// What the guest felt of late.
     pub fn heard(&self, felt: &Latencies) {
-        self.inner().heard.merge(felt);
+        let mut inner = self.inner();
+        inner.heard.merge(felt);
+        inner.unrecorded.merge(felt);
+    }
+
+    /// What the guest felt since this was asked last, for the record.
+    pub fn take_unrecorded(&self) -> Latencies {
+        std::mem::take(&mut self.inner().unrecorded)
     }
 
     /// How long a flush of the guest's would have to wait at the destination.

@@ -203,7 +203,11 @@ impl Pulse {
 /// What came in a frame.
 pub enum Heard {
     Message(Message),
-    Units(Units),
+    Units {
+        units: Units,
+        /// Of the frame, its header included.
+        bytes: u64,
+    },
     Ping(Bytes),
     /// The answer to a ping of ours, and after what time if the ping was still waited for.
     Pong(Option<Duration>),
@@ -224,7 +228,10 @@ pub async fn hear_with(
     pulse.heard();
     match frame.kind {
         Kind::Control => Ok(Heard::Message(Message::decode(&frame.payload)?)),
-        Kind::Units => Ok(Heard::Units(Units::decode_with(frame.payload, table)?)),
+        Kind::Units => Ok(Heard::Units {
+            bytes: frame.wire_len() as u64,
+            units: Units::decode_with(frame.payload, table)?,
+        }),
         Kind::Ping => Ok(Heard::Ping(frame.payload)),
         Kind::Pong => {
             let rtt = pulse.pong(&frame.payload);

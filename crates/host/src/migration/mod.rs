@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Drivers decide nothing about ownership: they perform what the engine's state machines say. Sessions
-//! know nothing of phases: they carry messages and content, and survive their connections.
+//! know nothing of phases: they carry messages and content, and survive their connections. Beside both
+//! [`recording`] keeps what happened when.
 
 pub mod arrival;
 pub mod arrivals;
@@ -28,6 +29,7 @@ pub mod outgoing;
 mod packing;
 pub mod peeks;
 pub mod record;
+pub mod recording;
 mod report;
 mod spaces;
 mod verify;

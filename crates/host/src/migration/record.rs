@@ -181,7 +181,7 @@ impl MigrationJournal {
     /// Appends and makes durable. Blocks for the disk: a few milliseconds.
     pub fn append(&mut self, record: Record) -> Result<(), RecordError> {
         let json = serde_json::to_string(&record).expect("a record is plain data");
-        let line = format!("{:016x} {json}\n", xxh3_64(json.as_bytes()));
+        let line = seal(&json);
         let written = self
             .file
             .write_all(line.as_bytes())
@@ -241,12 +241,20 @@ fn parse(text: &[u8]) -> Result<(Vec<Record>, usize), usize> {
 }
 
 fn parse_line(line: &[u8]) -> Option<Record> {
+    serde_json::from_str(unseal(line)?).ok()
+}
+
+/// A line with its checksum and its end.
+pub(super) fn seal(json: &str) -> String {
+    format!("{:016x} {json}\n", xxh3_64(json.as_bytes()))
+}
+
+/// What a line, without its end, says; nothing if it is not what was written.
+pub(super) fn unseal(line: &[u8]) -> Option<&str> {
     let line = std::str::from_utf8(line).ok()?;
     let (sum, json) = line.split_once(' ')?;
-    if u64::from_str_radix(sum, 16).ok()? != xxh3_64(json.as_bytes()) {
-        return None;
-    }
-    serde_json::from_str(json).ok()
+    let sum = u64::from_str_radix(sum, 16).ok()?;
+    (sum == xxh3_64(json.as_bytes())).then_some(json)
 }
 
 #[cfg(test)]

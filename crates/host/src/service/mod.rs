@@ -4,6 +4,7 @@ pub(crate) mod errors;
 mod paused;
 pub mod peers;
 mod recovery;
+mod reports;
 mod views;
 
 use std::path::Path;
@@ -31,6 +32,7 @@ use crate::migration::outgoing::{Command, Outgoing, Setup};
 use crate::migration::record::{
     MigrationJournal, save_bandwidth, save_compress, save_delta, save_latency,
 };
+use crate::migration::recording::{self, Meters};
 use errors::*;
 pub use views::first_view;
 
@@ -544,6 +546,8 @@ impl Service for Daemon {
             delta: request.delta == Delta::On && request.ram != RamMode::Postcopy,
             ram_changes: changes,
         };
+        let meters = Meters::source(&flow, &easing, &pace, &self.host.pace);
+        recording::keep(&self.host.state, board.clone(), meters);
         let (commands, queue) = mpsc::channel(8);
         let outgoing = Outgoing::new(Setup {
             host: self.host.clone(),
@@ -617,6 +621,17 @@ impl Service for Daemon {
         pace.set_rate(rate_of(bandwidth));
         held.board.update(|view| view.bandwidth = bandwidth);
         Ok(held.board.view())
+    }
+
+    async fn reports(&self) -> Result<Listed<ReportEntry>, ApiError> {
+        Ok(Listed {
+            items: self.known_reports().await?,
+            damaged: Vec::new(),
+        })
+    }
+
+    async fn report(&self, id: MigrationId) -> Result<ReportView, ApiError> {
+        self.report_of(id).await
     }
 
     async fn watch(&self, id: MigrationId) -> Result<watch::Receiver<MigrationView>, ApiError> {

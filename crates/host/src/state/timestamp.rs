@@ -20,6 +20,11 @@ impl Timestamp {
         Timestamp(UNIX_EPOCH + Duration::from_secs(seconds))
     }
 
+    /// Time since an earlier moment; zero if that was later.
+    pub fn since(self, earlier: Timestamp) -> Duration {
+        self.0.duration_since(earlier.0).unwrap_or_default()
+    }
+
     /// Time since this moment; zero if it lies in the future.
     pub fn age(self) -> Duration {
         SystemTime::now().duration_since(self.0).unwrap_or_default()

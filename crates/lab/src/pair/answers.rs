@@ -264,7 +264,35 @@ pub struct GuestIo {
     pub held_ms: f64,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// What `report` answers.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ReportView {
+    pub migration: MigrationView,
+    pub summary: ReportSummary,
+    pub elsewhere: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct ReportSummary {
+    pub total_ms: u64,
+    pub phases: Vec<PhaseSpan>,
+    #[serde(default)]
+    pub blackout_ms: Option<f64>,
+    #[serde(default)]
+    pub blackout_parts: Vec<TimePart>,
+    pub ram_bytes: u64,
+    pub disk_bytes: u64,
+    pub demand_bytes: u64,
+    pub guest_requests: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct PhaseSpan {
+    pub phase: Phase,
+    pub ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TimePart {
     pub name: String,
     pub ms: f64,

@@ -25,6 +25,7 @@ use whimbrel_volume::VolumeError;
 use whimbrel_volume::journal::{Change, RecoveryHow};
 
 use super::Incoming;
+use crate::api::types::Happened;
 use crate::disk::{Filling, Mode, Soil};
 use crate::host::Host;
 use crate::machine::{qmp_socket, reattach};
@@ -61,6 +62,7 @@ impl Incoming {
     pub async fn take_up(&mut self, destination: Destination, plan: Plan) {
         self.switch = destination;
         self.known = true;
+        self.setup.board.mark(Happened::Restarted);
         self.setup
             .board
             .tell("a restarted daemon goes on with the migration");

@@ -35,10 +35,11 @@ use super::landing::Landing;
 use super::lane::LinkEvent;
 use super::peeks::Peeks;
 use super::record::MigrationJournal;
+use super::recording::Meters;
 use super::report;
 use super::verify::{Answers, verify};
 use crate::api::error::{ApiError, ErrorCode};
-use crate::api::types::{MigrationState, SpaceProgress};
+use crate::api::types::{Happened, MigrationState, SpaceProgress};
 use crate::disk::{Mode, Wants};
 use crate::host::Host;
 use crate::machine::Running;
@@ -155,6 +156,11 @@ impl Incoming {
             known: false,
             down_since: None,
         }
+    }
+
+    /// What is counted here.
+    pub fn meters(&self) -> Meters {
+        Meters::destination(&self.setup.arrivals, &self.setup.wants)
     }
 
     fn event(&mut self, event: DestinationEvent) {
@@ -310,6 +316,7 @@ impl Incoming {
                 return;
             }
         }
+        self.setup.board.mark(Happened::Granted);
         self.event(DestinationEvent::Heard(Say::Grant { epoch: grant.epoch }));
     }
 
@@ -449,6 +456,7 @@ impl Incoming {
         match outcome {
             Ok(at) => {
                 self.resumed_at = Some(at);
+                self.setup.board.mark(Happened::Ran);
                 self.say_ran(at).await;
                 self.event(DestinationEvent::Running);
                 self.setup.board.tell("the guest runs here");
@@ -620,6 +628,10 @@ impl Incoming {
             // What goes ahead could not be stored, and so the source would never switch.
             self.refusal = Some("the QEMU that waited for the machine has ended".to_string());
             self.event(DestinationEvent::Failed);
+        }
+        if self.setup.board.view().ended.is_some() {
+            // The disks are not this migration's any more: what was told last stays.
+            return;
         }
         let mut resident: Vec<u64> = Vec::new();
         let mut spaces = Vec::new();

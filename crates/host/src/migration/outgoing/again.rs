@@ -17,6 +17,7 @@ use whimbrel_volume::backend::is_zero;
 
 use super::offer::{offer_disks, release_disk};
 use super::{Outgoing, Setup};
+use crate::api::types::Happened;
 use crate::disk::Disk;
 use crate::migration::board::Board;
 use crate::migration::flow::{Content, Flow};
@@ -36,6 +37,7 @@ impl Outgoing {
             // comes waiting, and throws it away when it refuses.
             Phase::Grant | Phase::Drain => {
                 let board = outgoing.board();
+                board.mark(Happened::Restarted);
                 board.tell("a restarted daemon goes on with the migration");
                 outgoing.todo.push_back(Action::Drain);
             }

@@ -46,7 +46,7 @@ use super::record::{MigrationJournal, mark_over, save_layout};
 use super::report;
 use super::spaces;
 use crate::api::error::{ApiError, ErrorCode};
-use crate::api::types::MigrationState;
+use crate::api::types::{Happened, MigrationState};
 use crate::disk::Disk;
 use crate::host::Host;
 use crate::machine::ram_out_socket;
@@ -419,9 +419,16 @@ impl Outgoing {
     }
 
     fn ran_at(&mut self, at_us: u64) {
+        // It is said again after every reconnect.
+        if self.ran.is_some() {
+            return;
+        }
         self.ran = Some(Instant::now());
         self.resumed_at = Some(Duration::from_micros(at_us));
         let half = self.setup.link.pulse.least_rtt().unwrap_or_default() / 2;
+        let then = Instant::now().checked_sub(half);
+        let then = then.unwrap_or_else(Instant::now);
+        self.setup.board.mark_at(then, Happened::Ran);
         if let Some(stopped) = self.stopped {
             let blackout = stopped.elapsed().saturating_sub(half);
             self.blackout = Some(blackout);
@@ -680,6 +687,7 @@ impl Outgoing {
                     .await;
             }
         }
+        self.setup.board.mark(Happened::Granted);
         self.setup.flow.open();
         self.after_grant().await;
     }

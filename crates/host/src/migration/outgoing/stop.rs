@@ -16,6 +16,7 @@ use whimbrel_wire::message::{MAX_BITMAP_UNITS, Message, RamMode, pack_bitmap};
 use super::Outgoing;
 use super::offer::release_disk;
 use crate::api::error::ErrorCode;
+use crate::api::types::Happened;
 use crate::disk::Mode;
 use crate::migration::flow::Flow;
 use crate::migration::{heat, spaces};
@@ -56,6 +57,7 @@ impl Outgoing {
         };
         self.stopped = Some(Instant::now());
         self.stopped_at = Some(handover.stopped_at_qemu);
+        self.setup.board.mark(Happened::Stopped);
         let _ = self.setup.ram_changes.send(false);
         for disk in &self.setup.disks {
             disk.set_mode(Mode::Frozen).await;
