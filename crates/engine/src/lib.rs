@@ -18,6 +18,7 @@
 //! | [`guard`] | how much push may go while the guest's own I/O is slow |
 //! | [`codec`] | none or zstd, at which level: whatever delivers most at the moment |
 //! | [`delta`] | whose content is kept at both ends, so that only what changed of it goes again |
+//! | [`workingset`] | what the guest will read and write next, by several estimators, and a judge of them |
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
@@ -50,4 +51,5 @@ pub mod rounds;
 pub mod set;
 pub mod space;
 pub mod switchover;
+pub mod workingset;
 pub mod write_heat;
