@@ -20,6 +20,9 @@ mod progress;
 mod recovery;
 mod show;
 mod snapshot;
+mod trace;
+mod trace_args;
+mod trace_svg;
 mod volume;
 
 use args::{Cli, Command, HostCommand};
@@ -66,6 +69,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             return Ok(());
         }
         Command::Man { dir } => return manual::pages(&dir),
+        Command::Trace(command) => return trace::trace(command, cli.global.json),
         _ => {}
     }
     let mut context = Context::new(cli.global)?;
@@ -102,6 +106,6 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
         Command::Fsck { dir } => fsck::fsck(context, dir).await,
         Command::Throttle { machine, rate } => migration::throttle(context, machine, rate).await,
         // Done before, without a configuration or a runtime.
-        Command::Completions { .. } | Command::Man { .. } => Ok(()),
+        Command::Completions { .. } | Command::Man { .. } | Command::Trace(_) => Ok(()),
     }
 }

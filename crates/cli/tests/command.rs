@@ -6,6 +6,8 @@ mod authority;
 mod hosts;
 #[path = "command/joining.rs"]
 mod joining;
+#[path = "command/traces.rs"]
+mod traces;
 
 use serde_json::Value;
 use std::path::Path;
