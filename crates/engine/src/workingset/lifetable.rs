@@ -197,9 +197,10 @@ impl Past {
             9..=16 => 4,
             _ => 5,
         };
-        // The gap before the latest touch, if it is as long as the one that ends in the window to come.
+        // Whether the gap before the latest touch was as long as the one that ends in the window to come; where
+        // windows are cut makes a difference of one.
         let before = mask >> age >> 1;
-        let even = before != 0 && before.trailing_zeros().abs_diff(age) <= age / 4;
+        let even = before != 0 && before.trailing_zeros().abs_diff(age) <= (age / 4).max(1);
         Past {
             coarse: ages * COUNTS + counts,
             finer: (near.min(NEAR - 1) * 2 + usize::from(even)) * 2
