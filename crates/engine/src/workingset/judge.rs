@@ -14,7 +14,7 @@
 //!   those that the trace later reads before it writes them: they must have content. The rest of the disk, which nobody
 //!   touches, is left out: it goes in the end, whoever decides.
 //! - Until the switch at `switch_ms`, live units go. First the predicted reads, then all others from the disk's
-//!   beginning; the predicted writes are **held**. Predictions are made anew every `ask_ms`. A write makes what was sent
+//!   beginning; the predicted writes are **held**: `budget` regions of those that have content. Predictions are made anew every `ask_ms`. A write makes what was sent
 //!   of its units stale: each such unit is **sent again**, whether before the switch or after it. It goes again before
 //!   the switch once it is not held.
 //! - From the switch on, the guest runs at the destination. A write there needs nothing and makes its units resident.
@@ -228,8 +228,15 @@ impl Road {
         let reads = estimator.predict(Touch::Read, now, Span::new(from, from + window_ms), budget);
         self.held = UnitSet::empty(all.len);
         if !switched {
-            for ranked in estimator.predict(Touch::Write, now, Span::new(now, switch_ms), budget) {
-                self.held.insert(ranked.units().clamp_to(all));
+            let span = Span::new(now, switch_ms);
+            let written = estimator.predict(Touch::Write, now, span, budget.saturating_mul(2));
+            let units = written.iter().map(|ranked| ranked.units().clamp_to(all));
+            let held: Vec<_> = units
+                .filter(|units| self.has_content(*units))
+                .take(budget)
+                .collect();
+            for units in held {
+                self.held.insert(units);
             }
         }
         self.first = reads
@@ -238,6 +245,11 @@ impl Road {
             .map(|r| r.units().clamp_to(all))
             .collect();
         self.cursor = 0;
+    }
+
+    fn has_content(&self, units: Extent) -> bool {
+        let has = |set: &UnitSet| set.runs_within(units).next().is_some();
+        has(&self.pending) || has(&self.arrived)
     }
 
     /// The link works for so long.
