@@ -59,7 +59,9 @@ fn share(share: Option<f64>) -> String {
 }
 
 fn percent(less: Option<f64>) -> String {
-    less.map_or("-".to_owned(), |less| format!("{:+.1} %", 0.0 - less * 100.0))
+    less.map_or("-".to_owned(), |less| {
+        format!("{:+.1} %", 0.0 - less * 100.0)
+    })
 }
 
 impl Row {
