@@ -5,6 +5,7 @@ mod report;
 pub use report::Report;
 
 use crate::snapshot::args::SnapshotCommand;
+use crate::trace_args::TraceCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
@@ -119,6 +120,11 @@ pub enum Command {
         /// Such as 80Mbit or 10MiB/s; `unlimited` for no limit
         rate: RateLimit,
     },
+    /// Traces of disks: what a guest read and wrote, as this and other tools recorded it
+    ///
+    /// Works on files alone; no daemon is needed.
+    #[command(subcommand)]
+    Trace(TraceCommand),
     /// Write a shell's completions to standard output
     Completions {
         /// The shell

@@ -6,6 +6,7 @@ use whimbrel_host::api::{ApiError, ErrorCode, MigrationState, MigrationView};
 use whimbrel_host::config::ConfigError;
 use whimbrel_host::state::{Name, SpecError, StateError};
 use whimbrel_peer::PeerError;
+use whimbrel_volume::trace::TraceError;
 
 /// How the process ends; the help lists the same codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub enum CliError {
         path: PathBuf,
         source: io::Error,
     },
+    #[error("cannot take the trace {}: {source}", path.display())]
+    Trace { path: PathBuf, source: TraceError },
     #[error("{}", settled(.0))]
     Migration(Box<MigrationView>),
     #[error("several machines migrate: {}", .0.iter().map(Name::as_str).collect::<Vec<_>>().join(", "))]
@@ -112,6 +115,7 @@ impl CliError {
             | CliError::TooLong { .. }
             | CliError::File { .. }
             | CliError::NoReport { .. }
+            | CliError::Trace { .. }
             | CliError::Broken { .. }
             | CliError::StateBroken { .. }
             | CliError::RepositoryDamaged { .. }
@@ -159,6 +163,19 @@ impl CliError {
                 .at(Some(path.display().to_string()))
                 .machine_state("nothing was changed")
                 .next_step("name another file, or see that this one may be used"),
+            CliError::Trace { path, source } => told(match source {
+                TraceError::Io(_) => ErrorCode::Io,
+                _ => ErrorCode::Invalid,
+            })
+            .at(Some(path.display().to_string()))
+            .machine_state("nothing was changed")
+            .next_step(match source {
+                TraceError::Unknown { .. } => "say what it is with `trace import --format`",
+                TraceError::SeveralDevices { .. } => "name one of them with --device",
+                TraceError::Empty { device: Some(_) } => "see how the record names its disks",
+                TraceError::Block { .. } | TraceError::CutOff { .. } => "take the record again, if there is one",
+                _ => "mend or cut the record there, or say with --format what it is",
+            }),
             CliError::Migration(view) => {
                 let error = view.error.as_ref();
                 let safe = if view.state == MigrationState::NeedsOperator {

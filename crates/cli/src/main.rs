@@ -21,6 +21,9 @@ mod recovery;
 mod report;
 mod show;
 mod snapshot;
+mod trace;
+mod trace_args;
+mod trace_svg;
 mod volume;
 
 use args::{Cli, Command, HostCommand};
@@ -67,6 +70,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             return Ok(());
         }
         Command::Man { dir } => return manual::pages(&dir),
+        Command::Trace(command) => return trace::trace(command, cli.global.json),
         _ => {}
     }
     let mut context = Context::new(cli.global)?;
@@ -104,6 +108,6 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
         Command::Fsck { dir } => fsck::fsck(context, dir).await,
         Command::Throttle { machine, rate } => migration::throttle(context, machine, rate).await,
         // Done before, without a configuration or a runtime.
-        Command::Completions { .. } | Command::Man { .. } => Ok(()),
+        Command::Completions { .. } | Command::Man { .. } | Command::Trace(_) => Ok(()),
     }
 }

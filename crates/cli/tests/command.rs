@@ -8,6 +8,8 @@ mod hosts;
 mod joining;
 #[path = "command/reports.rs"]
 mod reports;
+#[path = "command/traces.rs"]
+mod traces;
 
 use serde_json::Value;
 use std::path::Path;

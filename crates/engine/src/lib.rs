@@ -19,6 +19,7 @@
 //! | [`codec`] | none or zstd, at which level: whatever delivers most at the moment |
 //! | [`delta`] | whose content is kept at both ends, so that only what changed of it goes again |
 //! | [`timeline`] | what a migration did over time, in a bounded number of stretches |
+//! | [`workingset`] | what the guest will read and write next, by several estimators, and a judge of them |
 //! | [`progress`] | bytes, rate, ETA and one monotone bar over every space |
 #![forbid(unsafe_code)]
 
@@ -52,4 +53,5 @@ pub mod set;
 pub mod space;
 pub mod switchover;
 pub mod timeline;
+pub mod workingset;
 pub mod write_heat;

@@ -9,6 +9,7 @@
 //! | [`journal`] | which units of a volume being filled are here, through any crash |
 //! | [`digest`] | what a volume's content adds up to, for verification |
 //! | [`heat`], [`heat_file`] | which parts of a volume are read and written, and how much; kept over restarts |
+//! | [`trace`] | what a guest did to a disk, recorded: our own format, and import of others |
 //!
 //! Every error of the crate is a [`VolumeError`].
 
@@ -23,6 +24,7 @@ pub mod lent;
 pub mod pool;
 pub mod raw;
 mod ring;
+pub mod trace;
 mod turns;
 
 pub use error::{Operation, VolumeError};

@@ -9,6 +9,7 @@ mod link;
 mod nbd;
 mod ram;
 mod soak;
+mod workingset;
 
 use crate::demo::write_json;
 use crate::screen::Screen;
@@ -37,6 +38,9 @@ pub enum Bench {
     Nbd(nbd::NbdArgs),
     /// How RAM moves, by Whimbrel and by QEMU's own ways
     Ram(ram::RamArgs),
+    /// How good the working-set estimators are, on traces
+    #[command(name = "workingset")]
+    WorkingSet(workingset::WorkingSetArgs),
     /// Serve one file as `bench nbd` wants it served
     #[command(hide = true)]
     NbdExport(nbd::ExportArgs),
@@ -54,6 +58,7 @@ impl Bench {
             Bench::Chaos(args) => chaos::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::Ram(args) => ram::run(args),
+            Bench::WorkingSet(args) => workingset::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }
     }
