@@ -13,7 +13,7 @@ use crate::outflow::Outflow;
 use crate::set::UnitSet;
 use crate::space::{Extent, SpaceId};
 
-/// Milliseconds of an epoch of [`Heats`]: about what a pass of QEMU's over a few hundred dirty pages takes, and
+/// Milliseconds of an epoch: about what a pass of QEMU's over a few hundred dirty pages takes, and
 /// short beside a copy of memory.
 pub const EPOCH: u64 = 500;
 

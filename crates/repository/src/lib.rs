@@ -26,7 +26,7 @@
 //! | [`hash`], [`object`] | names made from content, and how content is packed |
 //! | [`tree`], [`manifest`] | leaves, volumes, snapshots; what foreign bytes may be |
 //! | [`repository`] | opening, listing |
-//! | [`write`], [`read`] | making a snapshot, reading a volume of one |
+//! | [`mod@write`], [`read`] | making a snapshot, reading a volume of one |
 //! | [`verify`], [`collect`] | is everything there, and what nobody needs any more |
 //!
 //! Why nothing is lost in a crash. A name in the store has its whole, durable content. A manifest gets its

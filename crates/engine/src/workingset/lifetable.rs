@@ -24,7 +24,7 @@
 //!
 //! # Traps
 //! A window that is under way counts for a region that was touched in it, and is ignored for one that was not (yet):
-//! otherwise everything would look older by a window just after a window's end. Cases fade ([`FADE`]), or a disk that
+//! otherwise everything would look older by a window just after a window's end. Cases fade (`FADE`), or a disk that
 //! changed its ways would be judged by its youth for ever.
 //!
 //! The first access or question of a window pays for learning from the one before: some tens of milliseconds with all of

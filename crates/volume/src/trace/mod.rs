@@ -2,7 +2,7 @@
 //!
 //! | module | idea |
 //! |---|---|
-//! | [`format`] | our own file: compact, checksummed in blocks, read in bounded memory |
+//! | [`mod@format`] | our own file: compact, checksummed in blocks, read in bounded memory |
 //! | [`import`] | other tools' records: blkparse, fio, MSR Cambridge, CloudPhysics, QEMU's virtio-blk events |
 //! | [`summary`] | how much, how fast, and the size of the working set over time |
 //!
