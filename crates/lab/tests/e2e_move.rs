@@ -105,13 +105,13 @@ fn by_postcopy_alone_nothing_goes_in_vain() {
 }
 
 #[test]
-fn disks_go_ahead_of_the_switch_and_only_what_the_guest_writes_to_follows() {
+fn disks_go_ahead_of_the_switch_whatever_way_ram_goes() {
     if !can_run() {
         return;
     }
     let scene = start(&fast());
     let mut guest = scene.guest_on(Host::A);
-    let ended = scene.moves(Host::A, &["--disks", "hybrid"]);
+    let ended = scene.moves(Host::A, &["--disks", "hybrid", "--ram", "precopy"]);
     let view = ended.last.expect("a last word").view;
     let report = view.report.expect("a report");
     println!("{}", serde_json::to_string(&report).expect("plain data"));
