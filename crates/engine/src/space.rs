@@ -110,6 +110,14 @@ impl Extent {
     pub fn iter(&self) -> std::ops::Range<u64> {
         self.start..self.end()
     }
+
+    /// The run in pieces of at most so many units, in order.
+    pub fn pieces(self, most: u64) -> impl Iterator<Item = Extent> {
+        (0..self.len.div_ceil(most)).map(move |n| {
+            let start = self.start + n * most;
+            Extent::new(start, most.min(self.end() - start))
+        })
+    }
 }
 
 impl std::fmt::Display for Extent {

@@ -39,7 +39,8 @@ struct Inner {
     /// What comes is ahead of the switchover: no guest uses it here yet, and no record tells of it, for what of it
     /// is old will be known only at the switchover.
     ahead: bool,
-    /// Units of a fresh file of which a copy was stored, or begun to be, ahead of the switchover.
+    /// Units of the file that may not read as zeroes though nothing is known to be there: all of it, of a file that
+    /// an earlier daemon had; of a fresh one, what was stored, or begun to be, ahead of the switchover.
     trodden: UnitSet,
 }
 
@@ -52,7 +53,6 @@ pub struct Filling {
     inner: Mutex<Inner>,
     clock: Instant,
     complete: watch::Sender<bool>,
-    soil: Soil,
     behind: Arc<Behind>,
 }
 
@@ -104,14 +104,16 @@ impl Filling {
             journal,
             wants,
             inner: Mutex::new(Inner {
-                trodden: UnitSet::empty(space.info().units()),
+                trodden: match soil {
+                    Soil::Fresh => UnitSet::empty(space.info().units()),
+                    Soil::Trodden => UnitSet::full(space.info().units()),
+                },
                 ahead: false,
                 space,
                 wakers: Wakers::default(),
             }),
             clock,
             complete,
-            soil,
         }
     }
 
@@ -418,27 +420,24 @@ impl Filling {
     /// The source says that these units are zero. A fresh file reads so already where nobody wrote; in any
     /// other they are stored.
     pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
-        let trodden: Vec<Extent> = match self.soil {
-            Soil::Trodden => vec![extent],
-            Soil::Fresh => self.inner().trodden.runs_within(extent).collect(),
+        let (trodden, fresh): (Vec<Extent>, Vec<Extent>) = {
+            let inner = self.inner();
+            let trodden = inner.trodden.runs_within(extent).collect();
+            (trodden, inner.trodden.gaps_within(extent).collect())
         };
-        for run in &trodden {
-            let mut patch = Extent::new(run.start, 0);
-            while patch.end() < run.end() {
-                patch = Extent::new(patch.end(), PATCH.min(run.end() - patch.end()));
-                self.zero_out(patch).await?;
-            }
+        for patch in trodden.into_iter().flat_map(|run| run.pieces(PATCH)) {
+            self.zero_out(patch).await?;
         }
-        if self.soil == Soil::Trodden {
-            return Ok(());
+        for run in fresh {
+            let done = {
+                let mut inner = self.inner();
+                let done = inner.space.zeroes(run, self.now());
+                self.wake(&mut inner, &done);
+                done
+            };
+            self.after_fill(done).await?;
         }
-        let done = {
-            let mut inner = self.inner();
-            let done = inner.space.zeroes(extent, self.now());
-            self.wake(&mut inner, &done);
-            done
-        };
-        self.after_fill(done).await
+        Ok(())
     }
 
     /// Stores zeroes wherever these units are absent.

@@ -279,8 +279,10 @@ impl Arrivals {
     /// Makes durable what of the disks came ahead, so that the guest's first flush here finds little to do. Not by
     /// pre-copy: there the guest stands still meanwhile.
     pub async fn settle_disks(&self) {
-        let disks = self.disks().into_iter().filter(|_| self.is_postcopy());
-        for disk in disks {
+        if !self.is_postcopy() {
+            return;
+        }
+        for disk in self.disks() {
             // What cannot be made durable now will be told of at that flush.
             if let Err(error) = disk.make_durable().await {
                 tracing::warn!(%error, disk = disk.name(), "what came ahead cannot be made durable yet");

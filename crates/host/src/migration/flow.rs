@@ -307,12 +307,8 @@ impl Flow {
     /// Says by way of push, in order with what was pushed before, that these units are zero. Bounded by
     /// the runs of the spaces' sets of zero units.
     pub fn push_zeroes(&self, space: SpaceId, runs: impl IntoIterator<Item = Extent>) {
-        let runs = runs.into_iter().flat_map(|run| {
-            (0..run.len.div_ceil(MAX_ZERO_UNITS)).map(move |n| {
-                let start = run.start + n * MAX_ZERO_UNITS;
-                Extent::new(start, MAX_ZERO_UNITS.min(run.end() - start))
-            })
-        });
+        let runs = runs.into_iter();
+        let runs = runs.flat_map(|run| run.pieces(MAX_ZERO_UNITS));
         let runs = runs.map(|run| (space, run));
         self.inner().zero_pushes.extend(runs);
         self.pushable.notify_one();

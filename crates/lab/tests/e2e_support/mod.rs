@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use whimbrel_lab::LabError;
 use whimbrel_lab::net::{Host, LabSpec, available};
-use whimbrel_lab::pair::answers::{Listed, MachineStatus, MachineView, VolumeView};
+use whimbrel_lab::pair::answers::{
+    Listed, MachineStatus, MachineView, MigrationReport, VolumeView,
+};
 use whimbrel_lab::pair::{Ended, Guest, GuestSpec, Pair, PairError, PairSpec, Refusal};
 use whimbrel_lab::wan::{LineSpec, WanSpec};
 
@@ -215,6 +217,16 @@ pub fn files_under(folder: &Path) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// All was compared, nothing was lost on the way, and nothing went twice but what the guest wrote to.
+pub fn each_unit_once(report: &MigrationReport) {
+    assert!(report.verified);
+    assert_eq!(report.units_sent_again, 0);
+    assert!(
+        report.units_sent <= report.units_live + report.units_outdated + report.units_repeated,
+        "{report:?}"
+    );
 }
 
 /// What the command refused with.

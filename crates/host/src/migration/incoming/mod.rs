@@ -589,9 +589,10 @@ impl Incoming {
     fn watch_disks(&mut self) {
         let (disks, tell) = (self.setup.arrivals.disks(), self.tell.clone());
         let (mouth, answers) = (self.setup.link.mouth.clone(), self.answers.clone());
+        let came_ahead = self.has_disks_ahead();
         self.spawn(async move {
             let verified = async {
-                for disk in &disks {
+                for disk in disks.iter().filter(|_| came_ahead) {
                     disk.record_ahead().await?;
                 }
                 let mut units = 0;

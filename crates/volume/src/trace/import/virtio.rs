@@ -25,7 +25,7 @@ impl Parser for Virtio {
         let words: Vec<&str> = event.split_whitespace().take(10).collect();
         let (kind, device, sector, count) = match words.as_slice() {
             [
-                "read",
+                event @ ("read" | "write"),
                 "vdev",
                 vdev,
                 "req",
@@ -34,18 +34,13 @@ impl Parser for Virtio {
                 sector,
                 "nsectors",
                 count,
-            ] => (AccessKind::Read, vdev, sector, count),
-            [
-                "write",
-                "vdev",
-                vdev,
-                "req",
-                _,
-                "sector",
-                sector,
-                "nsectors",
-                count,
-            ] => (AccessKind::Write, vdev, sector, count),
+            ] => {
+                let kind = match *event {
+                    "read" => AccessKind::Read,
+                    _ => AccessKind::Write,
+                };
+                (kind, vdev, sector, count)
+            }
             ["read" | "write", ..] => {
                 return Err(Expected(
                     "vdev, req, sector and nsectors, each with its value",
