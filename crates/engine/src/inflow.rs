@@ -433,6 +433,22 @@ impl SpaceIn {
         done
     }
 
+    /// A copy of these units came and could not be stored: those that are absent are not demanded any more, and nobody
+    /// waits for them. The reads that did are the answer: they are to fail.
+    pub fn give_up(&mut self, units: Extent) -> Vec<Ticket> {
+        let units = units.start..units.end();
+        let wanted: Vec<u64> = self.wanted.range(units.clone()).map(|e| *e.0).collect();
+        for unit in wanted {
+            self.wanted.remove(&unit);
+        }
+        let waited: Vec<u64> = self.waiters.range(units).map(|e| *e.0).collect();
+        let waiters = &mut self.waiters;
+        let tickets = waited.into_iter().filter_map(|unit| waiters.remove(&unit));
+        // What else they wait for finds them gone.
+        let failed = tickets.flatten().filter(|t| self.open.remove(t).is_some());
+        failed.collect()
+    }
+
     fn become_resident(&mut self, unit: u64, now: Option<u64>, done: &mut Finished) {
         if self.resident.insert(Extent::unit(unit)) == 0 {
             return;

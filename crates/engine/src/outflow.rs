@@ -8,7 +8,8 @@
 //!   empty -------->  pending ---------->  sent
 //!                     |   ^                 |
 //!          forget     |   |   put_back,     |
-//!   gone <------------+   +-- peer_has -----+
+//!   gone <------------+   +-- peer_has, ----+
+//!                             unstored
 //! ```
 //!
 //! `empty` means that the unit reads as zero and needs no content sent. `pending` and `sent` are disjoint
@@ -471,6 +472,18 @@ impl Outflow {
         s.withheld.remove(units);
         s.preferred.remove(units);
         s.forgotten += s.pending.remove(units);
+    }
+
+    /// The peer could not store these, though they were sent: they are pending again. The answer: those that are
+    /// empty, of which it has to be told again.
+    pub fn unstored(&mut self, space: SpaceId, units: Extent) -> Vec<Extent> {
+        let s = self.at(space);
+        let units = units.clamp_to(Extent::new(0, s.info.units()));
+        for run in s.sent.runs_within(units).collect::<Vec<_>>() {
+            s.sent.remove(run);
+            s.pending.insert(run);
+        }
+        s.live.gaps_within(units).collect()
     }
 
     /// After a reconnect: exactly what the peer holds of a space, no frame being under way. What it does

@@ -193,12 +193,31 @@ impl World {
                 for &(unit, mask) in &grant.merge {
                     self.store_unit(unit, mask, ok);
                 }
+                let runs: Vec<Extent> = grant
+                    .store
+                    .iter()
+                    .copied()
+                    .chain(grant.merge.iter().map(|m| Extent::unit(m.0)))
+                    .collect();
                 let done = self.space.end_fill(grant, ok, 0);
+                for run in runs.into_iter().filter(|_| !ok) {
+                    self.give_up(run);
+                }
                 // Fills are journalled lazily: model the worst case, never.
                 done
             }
         };
         self.wake(done);
+    }
+
+    /// Nobody waits for what could not be stored, and it can be demanded anew.
+    fn give_up(&mut self, run: Extent) {
+        for ticket in self.space.give_up(run) {
+            let waited = self.waiting.remove(&ticket);
+            assert!(matches!(waited, Some(Waiting::Read)), "who reads it, once");
+        }
+        let outstanding = self.space.outstanding();
+        assert!(outstanding.iter().all(|o| o.clamp_to(run).is_empty()));
     }
 
     fn store_unit(&mut self, unit: u64, keep: u8, ok: bool) {

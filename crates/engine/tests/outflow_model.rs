@@ -35,6 +35,7 @@ enum Step {
     Ready(u64, u64),
     Prefer(u16, u64, u64),
     PutBack,
+    Unstored(u16, u64, u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -46,6 +47,7 @@ fn step() -> impl Strategy<Value = Step> {
         (0..UNITS, 1..40u64).prop_map(|(a, n)| Step::Ready(a, n)),
         (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::Prefer(s, a, n)),
         Just(Step::PutBack),
+        (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::Unstored(s, a, n)),
     ]
 }
 
@@ -109,6 +111,15 @@ proptest! {
                     for &run in &b.runs { got[usize::from(b.space.0)].remove(run); }
                     out.put_back(&b);
                 },
+                Step::Unstored(space, a, n) => {
+                    let run = Extent::new(a, n).clamp_to(Extent::new(0, UNITS));
+                    let empty = out.unstored(SpaceId(space), run);
+                    let live = &expected[usize::from(space)];
+                    prop_assert_eq!(empty, live.gaps_within(run).collect::<Vec<_>>());
+                    // Both at once are of no kind that happens: a batch that did not leave cannot have come.
+                    last = None;
+                    got[usize::from(space)].remove(run);
+                }
             }
         }
         unready.remove(Extent::new(0, UNITS));

@@ -180,14 +180,22 @@ fn a_destination_that_fills_up_in_the_drain_pauses_the_guest_and_completes_when_
     let mut guest = scene.guest_on(Host::A);
     let args = ["migrate", NAME, "--to", "host-b"];
     let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
-    // With memory still on its way, QEMU might wait for a page that the broken link does not bring, and say nothing.
-    let draining = follow.until("memory in the drain", MOVE_WITHIN, |view| {
-        let mut ram = view.spaces.iter().filter(|s| s.kind == SpaceKind::Ram);
-        view.phase == Phase::Drain && ram.all(|s| s.units_resident >= s.units_live)
-    });
+    // Memory is still on its way, and must go on: QEMU itself waits for it, and says nothing meanwhile.
+    let draining = follow.until("the drain", MOVE_WITHIN, |view| view.phase == Phase::Drain);
     draining.expect("draining");
     let filler = small.fill();
     paused(&scene, Host::B, "no space left");
+    let told = follow.until("both hosts say so", MOVE_WITHIN, |view| {
+        let says = |m: &String| m.contains("cannot store") && m.contains("no space");
+        view.messages.iter().any(says)
+    });
+    let before = told.expect("told").view.link.reconnects;
+    let memory = follow.until("memory is there", MOVE_WITHIN, |view| {
+        let mut ram = view.spaces.iter().filter(|s| s.kind == SpaceKind::Ram);
+        ram.all(|s| s.units_resident >= s.units_live)
+    });
+    let after = memory.expect("memory needs no disk").view.link.reconnects;
+    assert_eq!((before, after), (0, 0), "a full disk breaks no connection");
     std::fs::remove_file(filler).expect("removed");
     resumes(&scene, Host::B, &mut guest);
     let ended = follow.end(MOVE_WITHIN).expect("the move ends");

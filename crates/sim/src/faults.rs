@@ -40,10 +40,12 @@ pub enum DriverFault {
     DoubtForgotten,
     /// A source that is complete leaves a silent connection as if all it said had been heard.
     FarewellUnheard,
+    /// What the destination could not store is taken for stored.
+    UnstoredUnheard,
 }
 
 impl DriverFault {
-    pub const ALL: [DriverFault; 17] = [
+    pub const ALL: [DriverFault; 18] = [
         DriverFault::GrantNotDurable,
         DriverFault::FlushBeforeResidency,
         DriverFault::ResidencyBeforeData,
@@ -61,5 +63,6 @@ impl DriverFault {
         DriverFault::StaleSaidOnce,
         DriverFault::DoubtForgotten,
         DriverFault::FarewellUnheard,
+        DriverFault::UnstoredUnheard,
     ];
 }

@@ -11,7 +11,7 @@ use whimbrel_engine::space::{Extent, SECTOR, SpaceId};
 use crate::faults::DriverFault;
 use crate::guest::{Kind, OpId};
 use crate::link::{ConnId, Side};
-use crate::message::Units;
+use crate::message::{Message, Units};
 use crate::scenario::When;
 use crate::store::{SECTORS, Sync, Unit};
 use crate::world::{Event, World};
@@ -411,11 +411,38 @@ impl World {
                 .lazy
                 .extend(&done.changes);
         }
-        if ok {
+        if ok || self.is_told_unstored(space, piece.0) {
             self.fill_piece(fill);
         } else {
             self.fill_ended(fill, false);
         }
+    }
+
+    /// A copy could not be stored: who waits for it fails. Whether the source has been told; if not, the connection
+    /// is to break.
+    fn is_told_unstored(&mut self, space: SpaceId, run: Extent) -> bool {
+        if self.dst.daemon.ahead.pending {
+            return false;
+        }
+        let target = self.space_in(space);
+        for ticket in target.map(|t| t.give_up(run)).unwrap_or_default() {
+            if let Some(task) = self.dst.daemon.parked.remove(&(space, ticket))
+                && let Some(Task {
+                    work: Work::Read { op },
+                    ..
+                }) = self.tasks.remove(&task)
+            {
+                self.coverage.deed("reads of what could not be stored");
+                self.again(op);
+            }
+        }
+        let told = self.scenario.tells_unstored && self.dst.daemon.link_up;
+        if told {
+            self.coverage.deed("copies that could not be stored");
+            let runs = vec![run];
+            self.destination_says(Message::Unstored { space, runs });
+        }
+        told
     }
 
     /// Puts a copy where it belongs; if not all, then so many of a hundred units.

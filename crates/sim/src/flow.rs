@@ -138,6 +138,7 @@ impl World {
                         }
                     }
                 }
+                Message::Unstored { space, runs } => self.unstored(space, &runs),
                 Message::Have { space, held } => {
                     if let Some(life) = self.life_at_source(life) {
                         life.holdings.insert(space, held);
@@ -194,6 +195,23 @@ impl World {
         }
         life.told = true;
         self.tell_source(SourceInbox::Up);
+        self.wake_pushes();
+    }
+
+    fn unstored(&mut self, space: SpaceId, runs: &[Extent]) {
+        if self.has(DriverFault::UnstoredUnheard) {
+            return;
+        }
+        let daemon = &mut self.src.daemon;
+        if daemon.out.info(space).is_none() {
+            return;
+        }
+        for &run in runs {
+            let empty = daemon.out.unstored(space, run);
+            daemon.handed[usize::from(space.0)].remove(run);
+            let empty = empty.into_iter().map(|run| (space, run));
+            daemon.zero_answers.extend(empty);
+        }
         self.wake_pushes();
     }
 

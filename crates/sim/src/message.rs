@@ -49,6 +49,10 @@ pub enum Message {
         space: SpaceId,
         runs: Vec<Extent>,
     },
+    Unstored {
+        space: SpaceId,
+        runs: Vec<Extent>,
+    },
     Digest {
         space: SpaceId,
         included: UnitSet,

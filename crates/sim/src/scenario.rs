@@ -123,6 +123,8 @@ pub struct Scenario {
     pub ahead: bool,
     /// What the guest does not write to of its disks does.
     pub disks_ahead: bool,
+    /// The destination tells of copies that it cannot store, instead of breaking the connection.
+    pub tells_unstored: bool,
     /// What the guest does at once.
     pub threads: u32,
     /// Operations of each.
@@ -164,6 +166,7 @@ impl Scenario {
             empty: rng.pick(&[0, 20, 60]),
             ahead: rng.percent(60),
             disks_ahead: false,
+            tells_unstored: false,
             threads: rng.between(1, 6) as u32,
             operations: rng.between(10, 60) as u32,
             think: rng.scaled(50 * US, 60 * MS),
@@ -212,6 +215,7 @@ impl Scenario {
             scenario.hold_among_writes(&mut rng);
         }
         scenario.disks_ahead = rng.percent(50);
+        scenario.tells_unstored = rng.percent(75);
         scenario
     }
 

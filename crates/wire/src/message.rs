@@ -43,6 +43,9 @@ pub const MAX_PEEK: u32 = 256 << 10;
 /// Most bytes of device state in a grant, unpacked. A large machine has a few megabytes.
 pub const MAX_DEVICE_STATE: usize = 64 << 20;
 
+/// Most bytes of the reason in a [`Message::Unstored`].
+pub const MAX_WHY: usize = 512;
+
 /// Most extents of a disk one [`Message::Heat`] tells of: 128 GiB, 512 KiB unpacked.
 pub const MAX_HEAT_EXTENTS: u64 = 1 << 17;
 
@@ -73,6 +76,9 @@ pub const FEATURE_AHEAD_AGAIN: u64 = 128;
 /// Disks come ahead of a switchover, and the peer says or hears [`Message::DisksAhead`].
 pub const FEATURE_DISKS_AHEAD: u64 = 256;
 
+/// The peer says or hears [`Message::Unstored`].
+pub const FEATURE_UNSTORED: u64 = 512;
+
 /// The features of this version.
 pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_AHEAD
@@ -82,7 +88,8 @@ pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_BACKLOG
     | FEATURE_DELTA
     | FEATURE_AHEAD_AGAIN
-    | FEATURE_DISKS_AHEAD;
+    | FEATURE_DISKS_AHEAD
+    | FEATURE_UNSTORED;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -282,6 +289,13 @@ pub enum Message {
     },
     /// Disks come from now on, though the machine will run there only later. Needs [`FEATURE_DISKS_AHEAD`].
     DisksAhead,
+    /// These units of a disk came, and could not be stored: the destination does not hold them. Whoever reads there is
+    /// told of an error. Needs [`FEATURE_UNSTORED`].
+    Unstored {
+        space: SpaceId,
+        runs: Vec<Extent>,
+        why: String,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -318,6 +332,8 @@ pub enum MessageError {
     BadHeat { extents: u64 },
     #[error("latencies in buckets that do not exist, or out of order")]
     BadLatencies,
+    #[error("a reason of {bytes} bytes, more than {MAX_WHY}")]
+    LongWhy { bytes: usize },
     #[error("{slots} slots, more than {MAX_SLOTS}")]
     TooManySlots { slots: u32 },
     #[error("packed data does not unpack to at most {limit} bytes")]
@@ -334,6 +350,7 @@ impl Message {
             Message::Backlog { .. } => FEATURE_BACKLOG,
             Message::Slots { .. } => FEATURE_DELTA,
             Message::DisksAhead => FEATURE_DISKS_AHEAD,
+            Message::Unstored { .. } => FEATURE_UNSTORED,
             Message::Own {
                 say: Say::GiveBack { .. } | Say::Yielded { .. },
                 ..
@@ -352,7 +369,8 @@ impl Message {
         match &message {
             Message::Demand { runs, .. }
             | Message::Forget { runs, .. }
-            | Message::Stale { runs, .. } => {
+            | Message::Stale { runs, .. }
+            | Message::Unstored { runs, .. } => {
                 if runs.len() > MAX_RUNS {
                     return Err(MessageError::TooManyRuns { runs: runs.len() });
                 }
@@ -362,6 +380,11 @@ impl Message {
                     .any(|r| r.is_empty() || r.start > limit || r.len > limit)
                 {
                     return Err(MessageError::BadRun);
+                }
+                if let Message::Unstored { why, .. } = &message
+                    && why.len() > MAX_WHY
+                {
+                    return Err(MessageError::LongWhy { bytes: why.len() });
                 }
             }
             Message::Empty { units, .. }
@@ -485,6 +508,12 @@ mod tests {
         assert_eq!(backlog.encode(), [26, 0xac, 2]);
         let slots = Message::Slots { slots: 300 };
         assert_eq!(slots.encode(), [27, 0xac, 2]);
+        assert_eq!(Message::DisksAhead.encode(), [28]);
+        let unstored = unstored("full".into());
+        assert_eq!(
+            unstored.encode(),
+            [29, 1, 1, 0xac, 2, 2, 4, b'f', b'u', b'l', b'l']
+        );
         let backwards = Message::Felt {
             counts: vec![(40, 1), (3, 1)],
         };
@@ -497,6 +526,26 @@ mod tests {
             packed: vec![7],
         };
         assert_eq!(heat.encode(), [22, 1, 0xac, 2, 2, 1, 7]);
+    }
+
+    fn unstored(why: String) -> Message {
+        Message::Unstored {
+            space: SpaceId(1),
+            runs: vec![Extent::new(300, 2)],
+            why,
+        }
+    }
+
+    #[test]
+    fn a_reason_longer_than_a_sentence_is_refused() {
+        let long = unstored("x".repeat(MAX_WHY + 1));
+        let bytes = MAX_WHY + 1;
+        assert_eq!(
+            Message::decode(&long.encode()),
+            Err(MessageError::LongWhy { bytes })
+        );
+        let fits = unstored("x".repeat(MAX_WHY));
+        assert_eq!(Message::decode(&fits.encode()), Ok(fits));
     }
 
     #[test]

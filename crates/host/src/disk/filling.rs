@@ -216,13 +216,13 @@ impl Filling {
         }
     }
 
-    /// Waits until the byte range is resident, demanding what is not.
-    async fn have(&self, offset: u64, len: u64, request: &Request<'_>) {
+    /// Waits until the byte range is resident, demanding what is not. Fails if it came and could not be stored.
+    async fn have(&self, offset: u64, len: u64, request: &Request<'_>) -> Result<(), Errno> {
         let units = Extent::touching(offset, len);
         let wait = {
             let mut inner = self.inner();
             match inner.space.read(units, self.now()) {
-                ReadPlan::Ready => return,
+                ReadPlan::Ready => return Ok(()),
                 ReadPlan::Wait { ticket, demands } => {
                     self.wants.demand(self.id, &demands);
                     inner.wakers.register(ticket)
@@ -231,12 +231,12 @@ impl Filling {
         };
         // The sender lives as long as the waiting entry; it is dropped unsent only with the whole disk.
         request.fetches();
-        let _ = wait.await;
+        wait.await.unwrap_or(Ok(()))
     }
 
     pub async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
         let request = self.wants.felt.request();
-        self.have(offset, u64::from(len), &request).await;
+        self.have(offset, u64::from(len), &request).await?;
         let read = self.file.read(offset, len as usize).await;
         read.map_err(|e| errno(&e))
     }
@@ -329,6 +329,44 @@ impl Filling {
 
     /// Stores a copy that arrived. `bytes` holds whole units.
     pub async fn fill(&self, extent: Extent, bytes: Bytes) -> Result<(), VolumeError> {
+        let stored = self.store_copy(extent, bytes).await;
+        self.or_unstored(extent, stored)
+    }
+
+    /// The source says that these units are zero. A fresh file reads so already where nobody wrote; in any
+    /// other they are stored.
+    pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
+        let stored = self.take_zeroes(extent).await;
+        self.or_unstored(extent, stored)
+    }
+
+    /// What could not be stored the source is told of, which sends it again, later. Whoever waits for it fails, or
+    /// waits when the machine goes on: QEMU, which pauses a guest for want of room, first waits for all reads that
+    /// have begun. An error that is left is one for the connection: of content that came ahead, and where the
+    /// source does not understand.
+    fn or_unstored(
+        &self,
+        extent: Extent,
+        stored: Result<(), VolumeError>,
+    ) -> Result<(), VolumeError> {
+        let Err(error) = stored else { return Ok(()) };
+        let mut inner = self.inner();
+        if inner.ahead {
+            return Err(error);
+        }
+        let failed = inner.space.give_up(extent);
+        if !failed.is_empty() {
+            inner.wakers.fail(&failed, errno(&error));
+        }
+        // Under the same lock: who asks for it from now on asks after this is said.
+        if self.wants.unstored(self.id, extent, &error) {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    }
+
+    async fn store_copy(&self, extent: Extent, bytes: Bytes) -> Result<(), VolumeError> {
         let grant = self.leave_to_fill(extent).await;
         let mut result = Ok(());
         for run in &grant.store {
@@ -417,9 +455,7 @@ impl Filling {
         Ok(())
     }
 
-    /// The source says that these units are zero. A fresh file reads so already where nobody wrote; in any
-    /// other they are stored.
-    pub async fn zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
+    async fn take_zeroes(&self, extent: Extent) -> Result<(), VolumeError> {
         let (trodden, fresh): (Vec<Extent>, Vec<Extent>) = {
             let inner = self.inner();
             let trodden = inner.trodden.runs_within(extent).collect();
@@ -594,6 +630,7 @@ mod tests {
     use whimbrel_volume::journal::VolumeIdentity;
     use whimbrel_volume::pool::{Pool, PoolSize};
     use whimbrel_volume::raw::Access;
+    use whimbrel_wire::message::FEATURE_UNSTORED;
 
     const UNITS: u64 = 4;
 
@@ -695,6 +732,44 @@ mod tests {
             };
             assert_eq!(known.resident.len(), expected);
         }
+    }
+
+    #[tokio::test]
+    async fn who_reads_what_cannot_be_stored_is_told_and_so_is_the_source() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let pool = Pool::start(PoolSize::default()).expect("threads");
+        let disk = filling(folder.path(), &pool, Soil::Fresh, 0).await;
+        let disk = Filling {
+            file: Arc::new(
+                Backend::open(
+                    &pool,
+                    folder.path().join("disk"),
+                    Format::Raw,
+                    Access::ReadOnly,
+                )
+                .await
+                .expect("a file"),
+            ),
+            ..disk
+        };
+        let came = Bytes::from(vec![9; UNIT as usize]);
+        // Nobody to be told: the connection has to break.
+        assert!(disk.fill(Extent::unit(0), came.clone()).await.is_err());
+        disk.wants.link_up(FEATURE_UNSTORED);
+        let read = disk.read(0, 2 * UNIT as u32);
+        let arrival = async {
+            let asked = disk.wants.take().await;
+            assert_eq!(asked[&disk.id].demands, [Extent::new(0, 2)]);
+            disk.fill(Extent::unit(1), came).await
+        };
+        let (read, arrived) = tokio::join!(read, arrival);
+        assert_eq!(read, Err(Errno::Eio));
+        arrived.expect("the source has been told");
+        let told = &disk.wants.take().await[&disk.id];
+        assert_eq!(told.unstored, [Extent::unit(1)]);
+        assert!(told.why.contains("disk"), "{}", told.why);
+        assert_eq!(disk.outstanding(), [Extent::unit(0)]);
+        assert_eq!(disk.resident(), 0);
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! What the destination asks of the source, gathered until the link takes it.
 //!
-//! Demands and "no longer needed" notes come from many guests' requests at once; one task of the link
+//! Demands, "no longer needed" notes and what could not be stored come from many guests' requests at once; one task of the link
 //! takes all that has gathered and says it in one message a space. While the link is down nothing is
 //! gathered: after a reconnect the destination says what it holds and demands what it still waits for,
 //! which covers everything that was asked or noted meanwhile. So the size is bounded by the requests in
@@ -13,6 +13,8 @@ use hdrhistogram::Histogram;
 use tokio::sync::Notify;
 use whimbrel_engine::latency::Latencies;
 use whimbrel_engine::space::{Extent, SpaceId};
+use whimbrel_volume::VolumeError;
+use whimbrel_wire::message::{FEATURE_UNSTORED, MAX_WHY};
 
 use super::felt::Felt;
 
@@ -26,6 +28,9 @@ const MAX_LATENCY_US: u64 = 3_600_000_000;
 /// What has gathered for one space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
+    /// What came and could not be stored, and why; said before what is demanded.
+    pub unstored: Vec<Extent>,
+    pub why: String,
     pub demands: Vec<Extent>,
     pub forgets: Vec<Extent>,
 }
@@ -33,6 +38,8 @@ pub struct Asked {
 #[derive(Default)]
 struct Inner {
     link_up: bool,
+    /// The source understands what could not be stored.
+    hears_unstored: bool,
     asked: BTreeMap<SpaceId, Asked>,
     notes: usize,
 }
@@ -98,9 +105,29 @@ impl Wants {
         self.some.notify_one();
     }
 
+    /// These units came and could not be stored. `false` if there is nobody to be told: then the link must break, so
+    /// that the source learns what is held when it is back. As many as arrive in the time that saying it takes.
+    pub fn unstored(&self, space: SpaceId, units: Extent, error: &VolumeError) -> bool {
+        let mut inner = self.inner();
+        if !inner.link_up || !inner.hears_unstored {
+            return false;
+        }
+        let asked = inner.asked.entry(space).or_default();
+        if asked.unstored.is_empty() {
+            asked.why = error.to_string();
+            asked.why.truncate(asked.why.floor_char_boundary(MAX_WHY));
+        }
+        asked.unstored.push(units);
+        drop(inner);
+        self.some.notify_one();
+        true
+    }
+
     /// From now on what is asked is gathered.
-    pub fn link_up(&self) {
-        self.inner().link_up = true;
+    pub fn link_up(&self, features: u64) {
+        let mut inner = self.inner();
+        inner.link_up = true;
+        inner.hears_unstored = features & FEATURE_UNSTORED != 0;
     }
 
     /// What had gathered is void.
@@ -176,7 +203,7 @@ mod tests {
     async fn what_is_asked_while_the_link_is_down_is_not_kept() {
         let wants = Wants::default();
         wants.demand(SpaceId(0), &[Extent::unit(1)]);
-        wants.link_up();
+        wants.link_up(0);
         wants.demand(SpaceId(0), &[Extent::unit(2)]);
         wants.forget(SpaceId(1), &[Extent::unit(3)]);
         let asked = wants.take().await;

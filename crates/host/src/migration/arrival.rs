@@ -217,7 +217,7 @@ async fn control_out(
     }
     say(&mut sender, &Message::HaveEnd).await?;
     // From here on everything wanted is gathered; what was wanted before is asked again now.
-    life.wants.link_up();
+    life.wants.link_up(life.mouth.features());
     for (space, runs) in life.arrivals.outstanding() {
         for runs in runs.chunks(MAX_RUNS) {
             let runs = runs.to_vec();
@@ -237,6 +237,15 @@ async fn control_out(
             biased;
             asked = life.wants.take() => {
                 for (space, asked) in asked {
+                    for runs in asked.unstored.chunks(MAX_RUNS) {
+                        let (runs, why) = (runs.to_vec(), asked.why.clone());
+                        let unstored = Message::Unstored { space, runs, why };
+                        say(&mut sender, &unstored).await?;
+                        // To this side's driver too: a person may be asking either host.
+                        if life.events.send(LinkEvent::Unstored(asked.why.clone())).await.is_err() {
+                            return Err(LaneError::Closed);
+                        }
+                    }
                     for runs in asked.demands.chunks(MAX_RUNS) {
                         let runs = runs.to_vec();
                         say(&mut sender, &Message::Demand { space, runs }).await?;

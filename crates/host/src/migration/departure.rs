@@ -540,6 +540,14 @@ async fn control_in(
             Heard::Units { .. } => return Err(LaneError::OutOfPlace { said: "units" }),
             Heard::Message(Message::Demand { space, runs }) => flow.demand(space, &runs),
             Heard::Message(Message::Forget { space, runs }) => flow.forget(space, &runs),
+            Heard::Message(Message::Unstored { space, runs, why }) => {
+                // First of all, so that nothing of it goes at once.
+                let is_news = life.gear.easing.unstored(space, Instant::now());
+                flow.unstored(space, &runs);
+                if is_news && life.events.send(LinkEvent::Unstored(why)).await.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
             Heard::Message(Message::Have {
                 space,
                 first,

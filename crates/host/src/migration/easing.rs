@@ -10,11 +10,13 @@
 //! is demanded and what is zero go past it. Counted is content, whatever it is packed to on the link: that is
 //! what disks feel.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use whimbrel_engine::guard::{Guard, GuardFigures, PERIOD_US};
 use whimbrel_engine::latency::Latencies;
+use whimbrel_engine::space::SpaceId;
 
 use crate::state::LatencyBound;
 
@@ -23,6 +25,10 @@ pub const PERIOD: Duration = Duration::from_micros(PERIOD_US);
 
 /// What was not used is kept for so long: late wake-ups cost no bandwidth, and no disk feels it.
 const BURST: f64 = 0.02;
+
+/// A disk that could not be written to is left alone for so long at first, and at most.
+const FIRST_HOLD: Duration = Duration::from_secs(1);
+const LONGEST_HOLD: Duration = Duration::from_secs(10);
 
 /// The guest's share of one migration.
 pub struct Easing {
@@ -44,6 +50,14 @@ struct Inner {
     /// Bytes that may go to disks, as of a moment; below zero what went ahead of its time.
     balance: f64,
     at: Option<Instant>,
+    /// The destination cannot store what comes, by disk.
+    unstored: BTreeMap<SpaceId, Unstored>,
+}
+
+/// A disk that cannot be written to: nothing is pushed to it for a while, longer each time in a row.
+struct Unstored {
+    until: Instant,
+    wait: Duration,
 }
 
 impl Inner {
@@ -68,6 +82,7 @@ impl Easing {
                 waited: false,
                 balance: 0.0,
                 at: None,
+                unstored: BTreeMap::new(),
             }),
         }
     }
@@ -92,6 +107,32 @@ impl Easing {
     pub fn heard_backlog(&self, us: u64) {
         let mut inner = self.inner();
         inner.backlog_us = inner.backlog_us.max(us);
+    }
+
+    /// The destination could not store what came for this disk. The answer: whether that is news, and not the rest of
+    /// what was on its way when it was told last.
+    pub fn unstored(&self, space: SpaceId, now: Instant) -> bool {
+        let mut inner = self.inner();
+        let before = inner.unstored.get(&space);
+        if before.is_some_and(|before| now < before.until) {
+            return false;
+        }
+        let wait = match before {
+            Some(before) if now < before.until + before.wait + FIRST_HOLD => {
+                (before.wait * 2).min(LONGEST_HOLD)
+            }
+            _ => FIRST_HOLD,
+        };
+        let until = now + wait;
+        inner.unstored.insert(space, Unstored { until, wait });
+        true
+    }
+
+    /// How long nothing may be pushed to this disk, because the destination cannot store it.
+    pub fn held(&self, space: SpaceId, now: Instant) -> Duration {
+        let inner = self.inner();
+        let until = inner.unstored.get(&space).map(|unstored| unstored.until);
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
     }
 
     /// How long push has to wait before it may bring anything to disks; at most a period, by when the answer may
@@ -208,6 +249,28 @@ mod tests {
         easing.period(begun + PERIOD, true);
         let pushed = pushing(&easing, begun + PERIOD) as i64;
         assert!((pushed - quarter / 4).abs() < 192 << 10, "{pushed}");
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_written_to_is_left_alone_for_longer_each_time_and_others_are_not() {
+        let easing = Easing::new(LatencyBound::default());
+        let (sick, well) = (SpaceId(0), SpaceId(1));
+        let mut now = Instant::now();
+        let mut holds = Vec::new();
+        for _ in 0..6 {
+            assert!(easing.unstored(sick, now));
+            // What else was on its way then.
+            assert!(!easing.unstored(sick, now));
+            let hold = easing.held(sick, now);
+            holds.push(hold.as_secs());
+            assert!(easing.held(well, now).is_zero());
+            now += hold;
+            assert!(easing.held(sick, now).is_zero());
+        }
+        assert_eq!(holds, [1, 2, 4, 8, 10, 10]);
+        now += 2 * LONGEST_HOLD;
+        easing.unstored(sick, now);
+        assert_eq!(easing.held(sick, now), FIRST_HOLD);
     }
 
     #[test]

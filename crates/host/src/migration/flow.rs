@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{Notify, watch};
@@ -253,6 +253,20 @@ impl Flow {
         self.inner().sent[usize::from(space.0)]
     }
 
+    /// The peer could not store these: they will be sent again.
+    pub fn unstored(&self, space: SpaceId, runs: &[Extent]) {
+        if self.units_of(space).is_none() {
+            return;
+        }
+        let mut empty = Vec::new();
+        self.change(|out| {
+            for &run in runs {
+                empty.extend(out.unstored(space, run));
+            }
+        });
+        self.push_zeroes(space, empty);
+    }
+
     /// The next demanded units for a push connection, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {
@@ -273,27 +287,35 @@ impl Flow {
                 if let Some(answer) = take_beside_lane(&mut inner) {
                     return (CopyClass::Demand, answer);
                 }
-                if let Some((space, run)) = inner.zero_pushes.pop_front() {
+                let now = Instant::now();
+                let zero = inner.zero_pushes.front().map(|zero| zero.0);
+                if zero.is_some_and(|space| easing.held(space, now).is_zero())
+                    && let Some((space, run)) = inner.zero_pushes.pop_front()
+                {
                     inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Zero(space, run));
                 }
-                let now = Instant::now();
                 let wait = easing.disks_wait(now);
                 let Inner { out, contents, .. } = &mut *inner;
                 let is_disk =
                     |space: SpaceId| matches!(contents[usize::from(space.0)], Content::Disk(_));
-                let may = |space| wait.is_zero() || !is_disk(space);
-                if let Some(batch) = out.next_push_among(most(), may) {
+                let wait_of = |space| {
+                    if is_disk(space) {
+                        wait.max(easing.held(space, now))
+                    } else {
+                        Duration::ZERO
+                    }
+                };
+                if let Some(batch) = out.next_push_among(most(), |space| wait_of(space).is_zero()) {
                     if is_disk(batch.space) {
                         easing.to_disk(batch.units() * UNIT, now);
                     }
                     inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Batch(batch));
                 }
-                let has_more = out
-                    .infos()
-                    .any(|info| is_disk(info.id) && out.has_pushable(info.id));
-                has_more.then_some(wait)
+                let waiting = out.infos().map(|info| info.id);
+                let waiting = waiting.filter(|&space| is_disk(space) && out.has_pushable(space));
+                waiting.chain(zero).map(wait_of).min()
             };
             match disks_wait {
                 Some(wait) => {

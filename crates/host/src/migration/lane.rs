@@ -27,6 +27,9 @@ pub const SILENCE: Duration = Duration::from_millis(1500);
 /// What the link costs at its worst is the longest round trip of so long a time, or twice that.
 const WORST_OF: Duration = Duration::from_secs(5);
 
+/// A disk of the destination's that cannot be written to for longer is told of again.
+pub const TOLD_AGAIN: Duration = Duration::from_secs(60);
+
 /// Why a session's connections were given up.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
@@ -54,6 +57,8 @@ pub enum LinkEvent {
     /// Connected, again or for the first time; the peer has said what it holds.
     Up,
     Heard(Box<Message>),
+    /// Content of a disk came, or was sent, that the destination cannot store, for this reason.
+    Unstored(String),
     /// The connections broke; the session will try again by itself.
     Down(LaneError),
 }

@@ -32,7 +32,7 @@ use super::arrivals::{Arrivals, RamIn, RamSink};
 use super::board::Board;
 use super::heat;
 use super::landing::Landing;
-use super::lane::LinkEvent;
+use super::lane::{LinkEvent, TOLD_AGAIN};
 use super::peeks::Peeks;
 use super::record::MigrationJournal;
 use super::recording::Meters;
@@ -115,6 +115,8 @@ pub struct Incoming {
     disks_done: bool,
     verified_units: u64,
     resumed_at: Option<Duration>,
+    /// When a person was told last that content cannot be stored.
+    unstored_told: Option<Instant>,
     machine: Option<Arc<Machine>>,
     process: Option<QemuProcess>,
     over: Option<Phase>,
@@ -150,6 +152,7 @@ impl Incoming {
             disks_done: false,
             verified_units: 0,
             resumed_at: None,
+            unstored_told: None,
             machine: None,
             process: None,
             over: None,
@@ -234,6 +237,18 @@ impl Incoming {
                 });
                 if self.over.is_none() {
                     self.setup.board.tell(format!("link lost: {waiting}"));
+                }
+            }
+            LinkEvent::Unstored(why) => {
+                // What was on its way when it began is told of as well.
+                if self
+                    .unstored_told
+                    .is_none_or(|told| told.elapsed() > TOLD_AGAIN)
+                {
+                    self.unstored_told = Some(Instant::now());
+                    self.setup.board.tell(format!(
+                        "what comes cannot be stored: {why}; it goes on by itself when that is mended"
+                    ));
                 }
             }
             LinkEvent::Heard(message) => self.message(*message).await,

@@ -41,7 +41,7 @@ use super::board::Board;
 use super::departure::Departure;
 use super::easing::Easing;
 use super::flow::{Content, Flow};
-use super::lane::LinkEvent;
+use super::lane::{LinkEvent, TOLD_AGAIN};
 use super::record::{MigrationJournal, mark_over, save_layout};
 use super::report;
 use super::spaces;
@@ -152,6 +152,8 @@ pub struct Outgoing {
     ran: Option<Instant>,
     over: Option<Phase>,
     over_since: Option<Instant>,
+    /// When a person was told last that the destination cannot store what comes.
+    unstored_told: Option<Instant>,
     quiet_since: Option<Instant>,
     ram_sent_limit: u64,
     /// By a restarted daemon, after the grant.
@@ -198,6 +200,7 @@ impl Outgoing {
             over: None,
             over_since: None,
             quiet_since: None,
+            unstored_told: None,
             ram_sent_limit: 0,
             taken_up: false,
         }
@@ -351,6 +354,18 @@ impl Outgoing {
                     link.connected = false;
                     link.waiting_for = Some(waiting);
                 });
+            }
+            LinkEvent::Unstored(why) => {
+                if self
+                    .unstored_told
+                    .is_none_or(|told| told.elapsed() > TOLD_AGAIN)
+                {
+                    self.unstored_told = Some(Instant::now());
+                    let peer = self.setup.board.view().peer;
+                    self.setup.board.tell(format!(
+                        "'{peer}' cannot store what comes: {why}; memory goes on, and disks when that is mended"
+                    ));
+                }
             }
             LinkEvent::Heard(message) => self.message(*message).await,
         }

@@ -187,7 +187,7 @@ impl Outgoing {
                 Some(LinkEvent::Heard(message)) if *message == Message::RamTaken => {
                     self.ram_is_taken();
                 }
-                Some(LinkEvent::Heard(_)) | Some(LinkEvent::Up) => {}
+                Some(LinkEvent::Heard(_) | LinkEvent::Up | LinkEvent::Unstored(_)) => {}
                 Some(LinkEvent::Down(error)) => {
                     self.link_up = false;
                     self.down_since = Some(Instant::now());
