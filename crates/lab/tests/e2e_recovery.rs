@@ -7,7 +7,7 @@ use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, line, secs, start};
 use std::time::{Duration, Instant};
 use whimbrel_lab::net::{Host, LabSpec};
 use whimbrel_lab::pair::PairSpec;
-use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, MigrationView, Phase};
+use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, MigrationView, Phase, SpaceKind};
 use whimbrel_lab::wan::WanSpec;
 
 /// Slow enough that the drain outlasts a few deaths.
@@ -15,14 +15,31 @@ fn slow() -> PairSpec {
     PairSpec::new(LabSpec::new(WanSpec::symmetric(line(100, 5))))
 }
 
-/// Starts the move and returns when so many thousandths of it have arrived.
-fn drains_to(scene: &Scene, permille: u16) {
-    let args = ["migrate", NAME, "--to", "host-b"];
-    let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
-    let draining = follow.until("the drain", MOVE_WITHIN, |view| {
-        view.phase == Phase::Drain && view.permille >= permille
+/// Starts the move and returns when so many thousandths of the disk were sent. The drain is slow, so that it is seen by
+/// whoever is slow as well, until [`completes`] lets it go.
+fn drains_to(scene: &Scene, permille: u64) {
+    let a = scene.on(Host::A);
+    let args = ["migrate", NAME, "--to", "host-b", "--hold"];
+    let mut follow = a.follow(&args).expect("the command starts");
+    let held = follow.until("held", MOVE_WITHIN, |view| {
+        view.state == MigrationState::Held
     });
-    assert!(draining.expect("draining").view.permille < 900);
+    held.expect("held before the switch");
+    a.run(&["throttle", NAME, "8Mbit"]).expect("throttled");
+    a.run(&["switch", NAME]).expect("told to switch");
+    let draining = follow.until("the drain", MOVE_WITHIN, |view| {
+        view.phase == Phase::Drain && sent(view) >= permille
+    });
+    assert!(sent(&draining.expect("draining").view) < 900);
+}
+
+/// Thousandths of what the disks have that were sent.
+fn sent(view: &MigrationView) -> u64 {
+    let disks = view.spaces.iter().filter(|s| s.kind == SpaceKind::Disk);
+    let (sent, live) = disks.fold((0, 1), |(sent, live), s| {
+        (sent + s.units_sent, live + s.units_live)
+    });
+    sent * 1000 / live
 }
 
 /// Of `whimbrel status MACHINE`, what counts here.
@@ -39,6 +56,8 @@ fn latest(scene: &Scene, host: Host) -> Option<MigrationView> {
 
 /// Waits for both sides to say that the move is over.
 fn completes(scene: &Scene) {
+    // If it is not over already.
+    let _ = scene.on(Host::A).run(&["throttle", NAME, "unlimited"]);
     let deadline = Instant::now() + MOVE_WITHIN;
     for host in [Host::B, Host::A] {
         loop {
