@@ -22,6 +22,12 @@
 //! is *old* at the peer. It is so until it was handed out again, and again if that got lost with a connection:
 //! what the peer says it holds does not tell which of two copies it holds.
 //!
+//! # What the peer may have already
+//! A peer that kept an older copy of a disk compares it before anything of it is pushed: until then those units are
+//! *unsettled*, and go only if they are demanded. A stretch is compared between [`Outflow::begin_compare`] and
+//! [`Outflow::end_compare`]; what is alike counts as sent, unless it was handed out, forgotten or offered anew
+//! meanwhile. The order matters: what is read for the comparison is read after the first call.
+//!
 //! # What goes next
 //! Demands first, in the order they came. Then push: units near recent demands, then the units a policy
 //! [prefers](Outflow::prefer), then everything in ascending order, RAM spaces before disks, because a
@@ -93,12 +99,18 @@ pub struct Tally {
     pub repeated: u64,
     /// Units sent ahead of the switchover whose content changed before it: sent in vain.
     pub outdated: u64,
+    /// Units that the peer had already, in an older copy.
+    pub alike: u64,
 }
 
 struct SpaceOut {
     info: SpaceInfo,
     pending: UnitSet,
     withheld: UnitSet,
+    /// Not to be pushed until compared with what the peer has.
+    unsettled: UnitSet,
+    /// Units that are being compared, and have not been touched since that began.
+    comparing: UnitSet,
     sent: UnitSet,
     /// Pending units of which the peer has, or may have, an older copy.
     old: UnitSet,
@@ -111,6 +123,7 @@ struct SpaceOut {
     sent_again: u64,
     repeated: u64,
     outdated: u64,
+    alike: u64,
     ever_sent: UnitSet,
     cursor: u64,
 }
@@ -151,6 +164,8 @@ impl Outflow {
         self.spaces.push(SpaceOut {
             pending: none.clone(),
             withheld: none.clone(),
+            unsettled: none.clone(),
+            comparing: none.clone(),
             sent: none.clone(),
             old: none.clone(),
             again: none.clone(),
@@ -162,6 +177,7 @@ impl Outflow {
             sent_again: 0,
             repeated: 0,
             outdated: 0,
+            alike: 0,
             cursor: 0,
             info,
         });
@@ -196,6 +212,7 @@ impl Outflow {
         s.pending.insert(units);
         s.sent.remove(units);
         s.withheld.remove(units);
+        s.comparing.remove(units);
     }
 
     /// These units have content that the peer lacks, but it cannot be read before [`ready`](Self::ready).
@@ -213,6 +230,7 @@ impl Outflow {
         s.pending.union_with(units);
         s.sent.subtract(units);
         s.withheld.subtract(units);
+        s.comparing.subtract(units);
     }
 
     /// These units have other content than when they were offered, if they were: they are offered anew, and withheld
@@ -425,6 +443,7 @@ impl Outflow {
             if !(faulty!(TwoDrains) && class == Class::Demand) {
                 s.pending.remove(run);
             }
+            s.comparing.remove(run);
             s.demanded.remove(run);
             s.preferred.remove(run);
             s.sent.insert(run);
@@ -471,7 +490,63 @@ impl Outflow {
         s.demanded.remove(units);
         s.withheld.remove(units);
         s.preferred.remove(units);
+        s.comparing.remove(units);
         s.forgotten += s.pending.remove(units);
+    }
+
+    /// The peer may have a copy of this space already: nothing of it is pushed until it is compared, or
+    /// [settled](Self::settle).
+    pub fn unsettle(&mut self, space: SpaceId) {
+        let s = self.at(space);
+        s.unsettled = UnitSet::full(s.info.units());
+    }
+
+    /// Nothing more is compared: what is pending may be pushed.
+    pub fn settle(&mut self, space: SpaceId) {
+        let s = self.at(space);
+        s.unsettled = UnitSet::empty(s.info.units());
+        s.comparing = s.unsettled.clone();
+    }
+
+    pub fn is_unsettled(&self, space: SpaceId) -> bool {
+        !self.spaces[usize::from(space.0)].unsettled.is_empty()
+    }
+
+    /// Whether units of the space cannot be read yet.
+    pub fn is_withheld(&self, space: SpaceId) -> bool {
+        !self.spaces[usize::from(space.0)].withheld.is_empty()
+    }
+
+    /// These units are about to be compared with what the peer has: those of them that are pending and can be read.
+    pub fn begin_compare(&mut self, space: SpaceId, units: Extent) -> Vec<Extent> {
+        let s = self.at(space);
+        let units = units.clamp_to(Extent::new(0, s.info.units()));
+        let runs = s.pushable_of(&s.withheld, units, u64::MAX);
+        for &run in &runs {
+            s.comparing.insert(run);
+        }
+        runs
+    }
+
+    /// The stretch has been compared, and of it the peer has these units. Those that count are the answer: it takes
+    /// them from its own copy, and they are as if sent. Whatever was touched meanwhile does not count.
+    pub fn end_compare(&mut self, space: SpaceId, units: Extent, alike: &[Extent]) -> Vec<Extent> {
+        let s = self.at(space);
+        let units = units.clamp_to(Extent::new(0, s.info.units()));
+        let alike = alike
+            .iter()
+            .flat_map(|&run| s.comparing.runs_within(run.clamp_to(units)));
+        let alike: Vec<Extent> = alike.collect();
+        for &run in &alike {
+            s.pending.remove(run);
+            s.demanded.remove(run);
+            s.preferred.remove(run);
+            s.sent.insert(run);
+            s.alike += run.len;
+        }
+        s.comparing.remove(units);
+        s.unsettled.remove(units);
+        alike
     }
 
     /// The peer could not store these, though they were sent: they are pending again. The answer: those that are
@@ -496,6 +571,7 @@ impl Outflow {
         }
         s.pending = s.live.clone();
         s.pending.subtract(held);
+        s.comparing = UnitSet::empty(held.capacity());
         s.sent = s.live.clone();
         s.sent.subtract(&s.pending);
         s.demanded.subtract(held);
@@ -517,6 +593,7 @@ impl Outflow {
         s.old = s.old.intersection(held);
         s.old.union_with(&unknown);
         s.again = UnitSet::empty(held.capacity());
+        s.comparing = UnitSet::empty(held.capacity());
         s.sent.subtract(&lost);
         s.pending.union_with(&lost);
     }
@@ -542,21 +619,44 @@ impl Outflow {
             sent_again: s.sent_again,
             repeated: s.repeated,
             outdated: s.outdated,
+            alike: s.alike,
         }
     }
 }
 
 impl SpaceOut {
-    /// Pending, readable runs inside `extent`, at most `max` units.
+    /// Pending, readable and settled runs inside `extent`, at most `max` units.
     fn pushable(&self, extent: Extent, max: u64) -> Vec<Extent> {
         let extent = extent.clamp_to(Extent::new(0, self.info.units()));
-        let mut left = max;
-        let mut runs = Vec::new();
         let withheld = if faulty!(WithheldPushed) {
             &UnitSet::empty(self.info.units())
         } else {
             &self.withheld
         };
+        if self.unsettled.is_empty() {
+            return self.pushable_of(withheld, extent, max);
+        }
+        let mut left = max;
+        let mut runs = Vec::new();
+        for settled in self.unsettled.gaps_within(extent) {
+            for run in self.pushable_of(withheld, settled, left) {
+                left -= run.len;
+                runs.push(run);
+            }
+            if left == 0 {
+                break;
+            }
+        }
+        runs
+    }
+
+    /// Pending runs inside `extent` that are not withheld, at most `max` units.
+    fn pushable_of(&self, withheld: &UnitSet, extent: Extent, max: u64) -> Vec<Extent> {
+        let mut left = max;
+        let mut runs = Vec::new();
+        if max == 0 {
+            return runs;
+        }
         for run in self.pending.runs_within(extent) {
             for part in withheld.gaps_within(run) {
                 let part = Extent::new(part.start, part.len.min(left));

@@ -36,6 +36,8 @@ enum Step {
     Prefer(u16, u64, u64),
     PutBack,
     Unstored(u16, u64, u64),
+    BeginCompare(u16, u64, u64),
+    EndCompare(usize, u64, u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -48,6 +50,8 @@ fn step() -> impl Strategy<Value = Step> {
         (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::Prefer(s, a, n)),
         Just(Step::PutBack),
         (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::Unstored(s, a, n)),
+        (0..2u16, 0..UNITS, 1..40u64).prop_map(|(s, a, n)| Step::BeginCompare(s, a, n)),
+        (0..8usize, 0..UNITS, 1..40u64).prop_map(|(i, a, n)| Step::EndCompare(i, a, n)),
     ]
 }
 
@@ -78,6 +82,7 @@ proptest! {
         let mut got = [UnitSet::empty(UNITS), UnitSet::empty(UNITS)];
         let mut gone = [UnitSet::empty(UNITS), UnitSet::empty(UNITS)];
         let mut last: Option<Batch> = None;
+        let mut comparing: Vec<(SpaceId, Extent)> = Vec::new();
         let take = |out: &mut Outflow, batch: Option<Batch>, unready: &UnitSet, got: &mut [UnitSet; 2], last: &mut Option<Batch>, class| {
             if let Some(b) = batch {
                 assert_eq!(b.class, class);
@@ -120,6 +125,25 @@ proptest! {
                     last = None;
                     got[usize::from(space)].remove(run);
                 }
+                Step::BeginCompare(space, a, n) => {
+                    let run = Extent::new(a, n);
+                    comparing.push((SpaceId(space), run));
+                    for part in out.begin_compare(SpaceId(space), run) {
+                        let space = usize::from(space);
+                        prop_assert!(expected[space].contains_all(part) && got[space].runs_within(part).count() == 0);
+                        prop_assert!(space != 0 || unready.runs_within(part).count() == 0);
+                    }
+                }
+                Step::EndCompare(which, a, n) => if !comparing.is_empty() {
+                    let (space, run) = comparing.remove(which % comparing.len());
+                    // What the peer has counts as gone out, once, and never what was handed out or forgotten.
+                    for part in out.end_compare(space, run, &[Extent::new(a, n)]) {
+                        let space = usize::from(space.0);
+                        prop_assert_eq!(got[space].insert(part), part.len, "had and sent");
+                        prop_assert!(gone[space].runs_within(part).count() == 0);
+                    }
+                    last = None;
+                },
             }
         }
         unready.remove(Extent::new(0, UNITS));
@@ -142,6 +166,30 @@ proptest! {
             prop_assert!(missing.is_empty(), "never sent: {missing:?}");
         }
     }
+}
+
+#[test]
+fn what_the_peer_may_have_already_goes_only_if_demanded_until_it_is_compared() {
+    let mut out = Outflow::new(spaces());
+    out.offer(DISK, Extent::new(0, 20));
+    out.unsettle(DISK);
+    assert_eq!(out.next_push(8), None);
+    out.demand(DISK, Extent::new(3, 1));
+    let demanded = out.next_demand(8).expect("is wanted");
+    assert_eq!(demanded.runs, [Extent::new(3, 1)]);
+    assert_eq!(out.begin_compare(DISK, Extent::new(0, 8)).len(), 2);
+    let alike = out.end_compare(DISK, Extent::new(0, 8), &[Extent::new(2, 3)]);
+    assert_eq!(alike, [Extent::new(2, 1), Extent::new(4, 1)]);
+    let mut differs: Vec<Extent> = std::iter::from_fn(|| out.next_push(20))
+        .flat_map(|batch| batch.runs)
+        .collect();
+    differs.sort_by_key(|run| run.start);
+    assert_eq!(differs, [Extent::new(0, 2), Extent::new(5, 3)]);
+    assert!(out.is_unsettled(DISK));
+    out.settle(DISK);
+    assert_eq!(out.next_push(20).expect("the rest").units(), 12);
+    assert!(out.is_drained());
+    assert_eq!(out.tally(DISK).alike, 2);
 }
 
 /// What happens while memory goes ahead of the switchover.

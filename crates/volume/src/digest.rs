@@ -8,6 +8,7 @@
 //! Hashed, for each included unit in ascending order: its index (u64, little-endian), then one byte 0 if
 //! it is all zero, else one byte 1 and its content (4096 bytes, fewer in a short last unit).
 
+use bytes::Bytes;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, UNIT};
 use xxhash_rust::xxh3::Xxh3;
@@ -104,13 +105,51 @@ fn zeroes(units: std::ops::Range<u64>, hasher: &mut Xxh3) {
     }
 }
 
+/// The first 16 bytes of a unit's BLAKE3: equal for equal content only, also where somebody picks both.
+pub type UnitHash = [u8; 16];
+
+/// Units and their content.
+#[derive(Clone, Debug)]
+pub struct Hashed {
+    pub run: Extent,
+    /// Whole units: past the volume's end are zeroes.
+    pub bytes: Bytes,
+    /// One of each unit.
+    pub hashes: Vec<UnitHash>,
+}
+
+/// Reads runs of units, a few MiB in all, and hashes each unit.
+pub async fn hash_units(volume: &Backend, runs: Vec<Extent>) -> Result<Vec<Hashed>, VolumeError> {
+    let (view, size) = (volume.blocking(), volume.size());
+    let hash = move || {
+        let hashed = runs.into_iter().map(|run| {
+            let end = (run.end() * UNIT).min(size);
+            let mut bytes = view
+                .read(run.byte_offset(), (end - run.byte_offset()) as usize)?
+                .to_vec();
+            bytes.resize(run.byte_len() as usize, 0);
+            let hashes = bytes.chunks(UNIT as usize).map(unit_hash).collect();
+            let bytes = Bytes::from(bytes);
+            Ok(Hashed { run, bytes, hashes })
+        });
+        hashed.collect()
+    };
+    volume.pool().run(Lane::Slow, hash).await?
+}
+
+fn unit_hash(content: &[u8]) -> UnitHash {
+    let mut short = UnitHash::default();
+    let len = short.len();
+    short.copy_from_slice(&blake3::hash(content).as_bytes()[..len]);
+    short
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::Format;
     use crate::pool::{Pool, PoolSize};
     use crate::raw::Zeroes;
-    use bytes::Bytes;
 
     const SIZE: u64 = 20 * (1 << 20) + 700;
 

@@ -43,6 +43,12 @@ pub const MAX_PEEK: u32 = 256 << 10;
 /// Most bytes of device state in a grant, unpacked. A large machine has a few megabytes.
 pub const MAX_DEVICE_STATE: usize = 64 << 20;
 
+/// Bytes of a unit's hash in a [`Message::SeedHashes`].
+pub const UNIT_HASH: usize = 16;
+
+/// Most hashes in one [`Message::SeedHashes`]: 4 MiB of a disk, 16 KiB.
+pub const MAX_SEED_UNITS: u64 = 1024;
+
 /// Most bytes of the reason in a [`Message::Unstored`].
 pub const MAX_WHY: usize = 512;
 
@@ -79,6 +85,10 @@ pub const FEATURE_DISKS_AHEAD: u64 = 256;
 /// The peer says or hears [`Message::Unstored`].
 pub const FEATURE_UNSTORED: u64 = 512;
 
+/// The peer says or hears [`Message::Seeded`], [`Message::SeedHashes`], [`Message::SeedAlike`] and
+/// [`Message::SeedEnd`].
+pub const FEATURE_SEEDS: u64 = 1024;
+
 /// The features of this version.
 pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_AHEAD
@@ -89,7 +99,8 @@ pub const FEATURES: u64 = FEATURE_HEAT
     | FEATURE_DELTA
     | FEATURE_AHEAD_AGAIN
     | FEATURE_DISKS_AHEAD
-    | FEATURE_UNSTORED;
+    | FEATURE_UNSTORED
+    | FEATURE_SEEDS;
 
 /// How much an extent was read and written, as access logs count: 8 an access, half of it every 15 minutes.
 pub type HeatCount = (u16, u16);
@@ -296,6 +307,34 @@ pub enum Message {
         runs: Vec<Extent>,
         why: String,
     },
+    /// The destination has an older copy of this disk: nothing of it is to be pushed until that was compared. Said
+    /// before [`Message::Prepared`], and before [`Message::HaveEnd`] of each later connection until it is over. Needs
+    /// [`FEATURE_SEEDS`], as the next three.
+    Seeded {
+        space: SpaceId,
+    },
+    /// What the destination's older copy has in a stretch of units: the first 16 bytes of each unit's BLAKE3, one after
+    /// the other. A unit that reaches past the disk's end counts as filled with zeroes. Said once the machine is there.
+    SeedHashes {
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        /// Packed bitmap of the units that are told of.
+        packed: Vec<u8>,
+        hashes: Vec<u8>,
+    },
+    /// Of such a stretch, the units that are the same at the source and are not sent: the destination takes them from its
+    /// copy. Said of every stretch once, whatever comes of it.
+    SeedAlike {
+        space: SpaceId,
+        first: u64,
+        units: u64,
+        packed: Vec<u8>,
+    },
+    /// Nothing more is compared.
+    SeedEnd {
+        space: SpaceId,
+    },
 }
 
 /// Figures the destination sends now and then.
@@ -332,6 +371,8 @@ pub enum MessageError {
     BadHeat { extents: u64 },
     #[error("latencies in buckets that do not exist, or out of order")]
     BadLatencies,
+    #[error("{bytes} bytes of hashes, more than {MAX_SEED_UNITS} units have")]
+    TooManyHashes { bytes: usize },
     #[error("a reason of {bytes} bytes, more than {MAX_WHY}")]
     LongWhy { bytes: usize },
     #[error("{slots} slots, more than {MAX_SLOTS}")]
@@ -351,6 +392,10 @@ impl Message {
             Message::Slots { .. } => FEATURE_DELTA,
             Message::DisksAhead => FEATURE_DISKS_AHEAD,
             Message::Unstored { .. } => FEATURE_UNSTORED,
+            Message::Seeded { .. }
+            | Message::SeedHashes { .. }
+            | Message::SeedAlike { .. }
+            | Message::SeedEnd { .. } => FEATURE_SEEDS,
             Message::Own {
                 say: Say::GiveBack { .. } | Say::Yielded { .. },
                 ..
@@ -390,9 +435,17 @@ impl Message {
             Message::Empty { units, .. }
             | Message::Have { units, .. }
             | Message::Digest { units, .. }
+            | Message::SeedHashes { units, .. }
+            | Message::SeedAlike { units, .. }
                 if *units > MAX_BITMAP_UNITS =>
             {
                 return Err(MessageError::TooManyUnits { units: *units });
+            }
+            Message::SeedHashes { hashes, .. }
+                if hashes.len() > MAX_SEED_UNITS as usize * UNIT_HASH =>
+            {
+                let bytes = hashes.len();
+                return Err(MessageError::TooManyHashes { bytes });
             }
             Message::Heat { extents, .. } if *extents > MAX_HEAT_EXTENTS => {
                 return Err(MessageError::TooManyExtents { extents: *extents });
@@ -526,6 +579,39 @@ mod tests {
             packed: vec![7],
         };
         assert_eq!(heat.encode(), [22, 1, 0xac, 2, 2, 1, 7]);
+    }
+
+    #[test]
+    fn seeds_have_their_golden_bytes_and_bounds() {
+        let space = SpaceId(1);
+        assert_eq!(Message::Seeded { space }.encode(), [30, 1]);
+        assert_eq!(Message::SeedEnd { space }.encode(), [33, 1]);
+        let hashes = |units, bytes| Message::SeedHashes {
+            space,
+            first: 300,
+            units,
+            packed: vec![7],
+            hashes: vec![9; bytes],
+        };
+        assert_eq!(hashes(2, 1).encode(), [31, 1, 0xac, 2, 2, 1, 7, 1, 9]);
+        let alike = |units| Message::SeedAlike {
+            space,
+            first: 300,
+            units,
+            packed: vec![7],
+        };
+        assert_eq!(alike(2).encode(), [32, 1, 0xac, 2, 2, 1, 7]);
+        let most = MAX_SEED_UNITS as usize * UNIT_HASH;
+        let full = hashes(MAX_SEED_UNITS, most);
+        assert_eq!(Message::decode(&full.encode()), Ok(full));
+        let bytes = most + 1;
+        let refused = Message::decode(&hashes(2, bytes).encode());
+        assert_eq!(refused, Err(MessageError::TooManyHashes { bytes }));
+        let units = MAX_BITMAP_UNITS + 1;
+        for long in [hashes(units, 0), alike(units)] {
+            let refused = Message::decode(&long.encode());
+            assert_eq!(refused, Err(MessageError::TooManyUnits { units }));
+        }
     }
 
     fn unstored(why: String) -> Message {

@@ -177,6 +177,12 @@ impl Filling {
         self.inner().space.late_copies()
     }
 
+    /// Absent units of an extent.
+    pub fn absent(&self, extent: Extent) -> Vec<Extent> {
+        let inner = self.inner();
+        inner.space.resident().gaps_within(extent).collect()
+    }
+
     /// What is resident, for a peer that reconnects.
     pub fn held(&self) -> UnitSet {
         self.inner().space.resident().clone()

@@ -19,8 +19,8 @@ use whimbrel_peer::hello::Class;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::kept::Table;
 use whimbrel_wire::message::{
-    FEATURE_AHEAD, FEATURE_BACKLOG, FEATURE_DELTA, FEATURE_FELT, MAX_BITMAP_UNITS, MAX_RUNS,
-    Message, pack_bitmap, unpack_bitmap,
+    FEATURE_AHEAD, FEATURE_BACKLOG, FEATURE_DELTA, FEATURE_FELT, FEATURE_SEEDS, MAX_BITMAP_UNITS,
+    MAX_RUNS, Message, pack_bitmap, unpack_bitmap,
 };
 
 use super::arrivals::Arrivals;
@@ -214,6 +214,11 @@ async fn control_out(
     }
     if life.mouth.features() & FEATURE_DELTA != 0 {
         say(&mut sender, &Message::Slots { slots: SLOTS }).await?;
+    }
+    if life.mouth.features() & FEATURE_SEEDS != 0 {
+        for space in life.arrivals.seeded() {
+            say(&mut sender, &Message::Seeded { space }).await?;
+        }
     }
     say(&mut sender, &Message::HaveEnd).await?;
     // From here on everything wanted is gathered; what was wanted before is asked again now.

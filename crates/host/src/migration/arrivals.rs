@@ -1,5 +1,6 @@
 //! What arrives at the destination, and where it goes: disks into their files, RAM into QEMU.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -233,6 +234,7 @@ pub struct Arrivals {
     refused: AtomicBool,
     /// The grant has been heard: nothing is held any more that the source says is stale.
     evicted: AtomicBool,
+    seeds: Mutex<BTreeSet<SpaceId>>,
     /// Fills at work. They run to their end whatever becomes of the connection that brought them.
     at_work: TaskTracker,
 }
@@ -402,6 +404,40 @@ impl Arrivals {
         finished(storing).await?;
         self.frames.send_modify(|n| *n += 1);
         Ok(())
+    }
+
+    /// Stores what this host has of a disk itself.
+    pub async fn take_own(
+        &self,
+        disk: Arc<Filling>,
+        extent: Extent,
+        bytes: Bytes,
+    ) -> Result<(), ArrivalError> {
+        let space = disk.id();
+        let storing = self.at_work.spawn(async move {
+            let stored = disk.fill(extent, bytes).await;
+            stored.map_err(|source| ArrivalError::Disk { space, source })
+        });
+        finished(storing).await
+    }
+
+    /// The disks of which this host has an older copy that is not compared yet.
+    pub fn seeded(&self) -> BTreeSet<SpaceId> {
+        self.seeds().clone()
+    }
+
+    /// This host has an older copy of a disk; or all of it has been compared.
+    pub fn set_seeded(&self, space: SpaceId, is: bool) {
+        let mut seeds = self.seeds();
+        if is {
+            seeds.insert(space);
+        } else {
+            seeds.remove(&space);
+        }
+    }
+
+    fn seeds(&self) -> MutexGuard<'_, BTreeSet<SpaceId>> {
+        self.seeds.lock().expect("no holder of this lock panics")
     }
 
     /// The source says that these units are zero.

@@ -26,7 +26,7 @@ use whimbrel_peer::pace::Pace;
 use whimbrel_wire::frame::Kind;
 use whimbrel_wire::message::{
     FEATURE_DELTA, FEATURE_DISKS_AHEAD, FEATURE_ZSTD, MAX_BITMAP_UNITS, MAX_PEEK, Message,
-    unpack_bitmap,
+    pack_bitmap, unpack_bitmap,
 };
 use whimbrel_wire::pack::Packer;
 use whimbrel_wire::units::{Encoding, MAX_UNITS, Units};
@@ -547,6 +547,39 @@ async fn control_in(
                 if is_news && life.events.send(LinkEvent::Unstored(why)).await.is_err() {
                     return Err(LaneError::Closed);
                 }
+            }
+            Heard::Message(Message::Seeded { space }) => flow.seeded(space),
+            Heard::Message(Message::SeedEnd { space }) => {
+                flow.seed_ended(space);
+                // To be told of.
+                let event = LinkEvent::Heard(Box::new(Message::SeedEnd { space }));
+                if life.events.send(event).await.is_err() {
+                    return Err(LaneError::Closed);
+                }
+            }
+            Heard::Message(Message::SeedHashes {
+                space,
+                first,
+                units,
+                packed,
+                hashes,
+            }) => {
+                let included = unpack_bitmap(units, &packed)?;
+                let permit = jobs.clone().acquire_owned().await;
+                let (flow, mouth) = (flow.clone(), life.mouth.clone());
+                running.spawn(async move {
+                    let stretch = Extent::new(first, units);
+                    let alike = flow.compare(stretch, space, &included, &hashes).await;
+                    let packed = pack_bitmap(&alike);
+                    let said = Message::SeedAlike {
+                        space,
+                        first,
+                        units,
+                        packed,
+                    };
+                    mouth.say(said).await;
+                    drop(permit);
+                });
             }
             Heard::Message(Message::Have {
                 space,

@@ -1,6 +1,6 @@
 //! What flows out of the source: the engine's [`Outflow`], joined with where the content is.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,8 @@ use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, SpaceId, SpaceInfo, UNIT};
 use whimbrel_qemu::content::RamContent;
 use whimbrel_volume::backend::Backend;
+use whimbrel_volume::digest::{Hashed, hash_units};
+use whimbrel_wire::message::UNIT_HASH;
 use whimbrel_wire::units::{Encoding, MAX_ZERO_UNITS, Units};
 
 use super::deltas::DeltaCount;
@@ -24,6 +26,12 @@ pub const DEMAND_UNITS: u64 = 8;
 /// Most answers "that is zero" that wait to be said; the destination demands again what it misses after
 /// a reconnect, so dropping the oldest loses nothing but time.
 const MAX_ZERO_ANSWERS: usize = 4096;
+
+/// A peer that has not been heard of comparing for so long compares no more.
+const PATIENCE_WITH_SEEDS: Duration = Duration::from_secs(30);
+
+/// Looks at a frozen disk's holes that are waited for, 20 ms each; then it counts as different.
+const RELEASED_WITHIN: u32 = 500;
 
 /// Where a space's content is read from.
 #[derive(Clone)]
@@ -83,6 +91,10 @@ struct Inner {
     in_hand: u64,
     /// Units that the demands' own connection has room for now: push connections leave those to it.
     lane_units: u64,
+    /// When the peer was heard last of comparing a disk with its own copy, while nothing else is left to push.
+    compared: Option<Instant>,
+    /// The lives of the session, counted.
+    life: u64,
 }
 
 /// What flows out of the source.
@@ -110,6 +122,8 @@ impl Default for Flow {
                 frames: 0,
                 in_hand: 0,
                 lane_units: 0,
+                compared: None,
+                life: 0,
             }),
             laned: Notify::new(),
             demanded: Notify::new(),
@@ -267,6 +281,95 @@ impl Flow {
         self.push_zeroes(space, empty);
     }
 
+    /// The peer has an older copy of a disk: nothing of it is pushed until compared.
+    pub fn seeded(&self, space: SpaceId) {
+        let mut inner = self.inner();
+        if matches!(
+            inner.contents.get(usize::from(space.0)),
+            Some(Content::Disk(_))
+        ) {
+            inner.out.unsettle(space);
+        }
+    }
+
+    /// Whether the peer has an older copy of a disk that is not compared yet.
+    pub fn is_seeded(&self) -> bool {
+        let inner = self.inner();
+        inner
+            .out
+            .infos()
+            .any(|info| inner.out.is_unsettled(info.id))
+    }
+
+    /// Nothing more of a disk is compared.
+    pub fn seed_ended(&self, space: SpaceId) {
+        if self.units_of(space).is_some() {
+            self.change(|out| out.settle(space));
+        }
+    }
+
+    /// Which units of a stretch of disk are the same here as where these hashes are from, one for each unit `included`
+    /// by its index in the stretch. They count as sent. All of it may be pushed from then on but for those.
+    pub async fn compare(
+        &self,
+        stretch: Extent,
+        space: SpaceId,
+        included: &UnitSet,
+        hashes: &[u8],
+    ) -> UnitSet {
+        let mut alike = UnitSet::empty(stretch.len);
+        let (file, life) = {
+            let inner = self.inner();
+            let content = inner.contents.get(usize::from(space.0));
+            let units = inner.out.info(space).map(SpaceInfo::units);
+            match content {
+                Some(Content::Disk(file)) if units.is_some_and(|units| stretch.end() <= units) => {
+                    (file.clone(), inner.life)
+                }
+                _ => return alike,
+            }
+        };
+        // Said right after the grant, it comes while what is empty is still being looked for.
+        for _ in 0..RELEASED_WITHIN {
+            if !self.inner().out.is_withheld(space) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let pending = self.change(|out| out.begin_compare(space, stretch));
+        self.inner().compared = Some(Instant::now());
+        let theirs = hashes.chunks_exact(UNIT_HASH);
+        let theirs: BTreeMap<u64, &[u8]> = included
+            .runs()
+            .flat_map(|run| run.iter())
+            .zip(theirs)
+            .collect();
+        let included = pending.iter().flat_map(|run| {
+            let within = Extent::new(run.start - stretch.start, run.len);
+            let runs = included.runs_within(within);
+            runs.map(|run| Extent::new(stretch.start + run.start, run.len))
+                .collect::<Vec<_>>()
+        });
+        let same = match hash_units(&file, included.collect()).await {
+            Ok(ours) => same_units(stretch, &ours, &theirs),
+            Err(error) => {
+                tracing::warn!(%error, "a stretch cannot be read to be compared: it is sent");
+                Vec::new()
+            }
+        };
+        let mut inner = self.inner();
+        // What is said of a life that is over nobody hears.
+        if inner.life == life {
+            for run in inner.out.end_compare(space, stretch, &same) {
+                alike.insert(Extent::new(run.start - stretch.start, run.len));
+            }
+        }
+        inner.compared = Some(Instant::now());
+        drop(inner);
+        self.pushable.notify_one();
+        alike
+    }
+
     /// The next demanded units for a push connection, when there are any: waits.
     pub async fn next_demand(&self) -> Answer {
         loop {
@@ -296,7 +399,12 @@ impl Flow {
                     return (CopyClass::Push, Answer::Zero(space, run));
                 }
                 let wait = easing.disks_wait(now);
-                let Inner { out, contents, .. } = &mut *inner;
+                let Inner {
+                    out,
+                    contents,
+                    compared,
+                    ..
+                } = &mut *inner;
                 let is_disk =
                     |space: SpaceId| matches!(contents[usize::from(space.0)], Content::Disk(_));
                 let wait_of = |space| {
@@ -313,9 +421,21 @@ impl Flow {
                     inner.in_hand += 1;
                     return (CopyClass::Push, Answer::Batch(batch));
                 }
-                let waiting = out.infos().map(|info| info.id);
+                let spaces: Vec<SpaceId> = out.infos().map(|info| info.id).collect();
+                let compares =
+                    |&space: &SpaceId| out.is_unsettled(space) && !out.is_withheld(space);
+                let patience = spaces.iter().any(compares).then(|| {
+                    let silent = now.saturating_duration_since(*compared.get_or_insert(now));
+                    PATIENCE_WITH_SEEDS.saturating_sub(silent)
+                });
+                if patience.is_some_and(|left| left.is_zero()) {
+                    tracing::warn!("the destination compares no more: all of its disks is sent");
+                    spaces.iter().for_each(|&space| out.settle(space));
+                    continue;
+                }
+                let waiting = spaces.into_iter();
                 let waiting = waiting.filter(|&space| is_disk(space) && out.has_pushable(space));
-                waiting.chain(zero).map(wait_of).min()
+                waiting.chain(zero).map(wait_of).chain(patience).min()
             };
             match disks_wait {
                 Some(wait) => {
@@ -343,6 +463,11 @@ impl Flow {
         // What the last life had in hand was lost with it.
         inner.in_hand = 0;
         inner.lane_units = 0;
+        inner.life += 1;
+        inner.compared = None;
+        // The peer says it again if it is still so.
+        let spaces: Vec<SpaceId> = inner.out.infos().map(|info| info.id).collect();
+        spaces.into_iter().for_each(|space| inner.out.settle(space));
     }
 
     /// An answer that was handed out goes as so many frames: to be said once of each, before it is sent.
@@ -482,6 +607,15 @@ impl Flow {
             }
         });
     }
+}
+
+fn same_units(stretch: Extent, ours: &[Hashed], theirs: &BTreeMap<u64, &[u8]>) -> Vec<Extent> {
+    let ours = ours
+        .iter()
+        .flat_map(|hashed| hashed.run.iter().zip(&hashed.hashes));
+    let same =
+        ours.filter(|(unit, hash)| theirs.get(&(unit - stretch.start)) == Some(&hash.as_slice()));
+    same.map(|(unit, _)| Extent::unit(unit)).collect()
 }
 
 /// What is demanded, if the demands' own connection has no room.

@@ -250,6 +250,25 @@ impl Plan {
         Ok(volumes)
     }
 
+    /// Older copies of the volumes, by index: of those that left here earlier.
+    pub async fn older_copies(&self, host: &Host) -> Vec<(usize, Arc<Backend>)> {
+        let mut copies = Vec::new();
+        for (n, volume) in self.volumes.iter().enumerate() {
+            let Some(previous) = &volume.previous else {
+                continue;
+            };
+            let data = previous.data_path(&host.state.volume_folder(&previous.name));
+            match Backend::open(&host.pool, data, previous.format, Access::ReadOnly).await {
+                Ok(file) => copies.push((n, Arc::new(file))),
+                // It would only have spared some bytes.
+                Err(error) => {
+                    tracing::warn!(volume = %previous.name, %error, "the older copy cannot be read");
+                }
+            }
+        }
+        copies
+    }
+
     /// Whether nothing was known here of the machine before it came.
     pub fn is_first_visit(&self) -> bool {
         !self.returning

@@ -107,6 +107,7 @@ impl Incoming {
             disks.push(disk_of(&host, &volume.record, volume.file, mode));
             fillings.push(filling);
         }
+        self.find_seeds(&plan).await;
         self.landing = Some(Landing::landed(plan));
         self.setup.arrivals.expect_disks(fillings.len());
         let ran = runtime.process.is_some() || wrote;

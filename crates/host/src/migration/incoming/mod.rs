@@ -8,10 +8,13 @@ mod again;
 mod ahead;
 mod ends;
 mod ready;
+mod seeding;
+
+use seeding::{SeedError, Seeding};
 
 pub use again::leftovers;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +26,7 @@ use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
 use whimbrel_qemu::stream::StreamLayout;
+use whimbrel_volume::backend::Backend;
 use whimbrel_wire::message::{
     Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack, unpack_heat,
 };
@@ -84,6 +88,8 @@ enum Inner {
     Ram(Result<(), whimbrel_qemu::Error>),
     /// Disks are complete, verified and durable; how many units were compared.
     Disks(Result<u64, super::verify::VerifyError>),
+    /// A disk has been compared with its older copy; how many units were the same.
+    Seeded(SpaceId, Result<u64, SeedError>),
     /// QEMU's connection failed after the guest ran.
     SinkFailed(whimbrel_qemu::Error),
 }
@@ -115,6 +121,9 @@ pub struct Incoming {
     disks_done: bool,
     verified_units: u64,
     resumed_at: Option<Duration>,
+    /// Older copies of disks, by space, and who compares them on this connection.
+    seeds: BTreeMap<SpaceId, Arc<Backend>>,
+    seeding: BTreeMap<SpaceId, Seeding>,
     /// When a person was told last that content cannot be stored.
     unstored_told: Option<Instant>,
     machine: Option<Arc<Machine>>,
@@ -152,6 +161,8 @@ impl Incoming {
             disks_done: false,
             verified_units: 0,
             resumed_at: None,
+            seeds: BTreeMap::new(),
+            seeding: BTreeMap::new(),
             unstored_told: None,
             machine: None,
             process: None,
@@ -201,7 +212,7 @@ impl Incoming {
                     Some(event) => self.heard(event).await,
                     None => break,
                 },
-                Some(inner) = self.inner.recv() => self.inner(inner),
+                Some(inner) = self.inner.recv() => self.inner(inner).await,
                 _ = sample.tick() => self.sample().await,
             }
         }
@@ -210,6 +221,7 @@ impl Incoming {
     async fn heard(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up => {
+                self.begin_seeding();
                 self.down_since = None;
                 self.setup.board.link(|link| {
                     link.connected = true;
@@ -222,6 +234,7 @@ impl Incoming {
                 self.event(DestinationEvent::LinkUp);
             }
             LinkEvent::Down(error) => {
+                self.seeding.clear();
                 self.down_since.get_or_insert_with(Instant::now);
                 if let Some(why) = self.cannot_store(&error) {
                     // The guest runs at the source, which had better try somewhere else.
@@ -301,6 +314,12 @@ impl Incoming {
                 extents,
                 packed,
             } => self.take_heat(space, first, extents, &packed).await,
+            Message::SeedAlike {
+                space,
+                first,
+                units,
+                packed,
+            } => self.seed_alike(space, first, units, &packed),
             Message::DigestAnswer { space, first, same } => {
                 self.answers.answer(space, first, same);
             }
@@ -335,7 +354,7 @@ impl Incoming {
         self.event(DestinationEvent::Heard(Say::Grant { epoch: grant.epoch }));
     }
 
-    fn inner(&mut self, inner: Inner) {
+    async fn inner(&mut self, inner: Inner) {
         match inner {
             Inner::Ram(Ok(())) => {
                 self.setup.board.tell("all of RAM is here");
@@ -350,6 +369,7 @@ impl Incoming {
                 self.disks_done = true;
             }
             Inner::Disks(Err(error)) => self.trouble(format!("disks: {error}")),
+            Inner::Seeded(space, taken) => self.seed_is_over(space, taken).await,
             Inner::SinkFailed(error) => self.ram_failed(&error),
         }
         if self.ram_done && self.disks_done {
@@ -563,6 +583,7 @@ impl Incoming {
         self.machine = Some(machine);
         self.watch_ram();
         self.watch_disks();
+        self.begin_seeding();
     }
 
     /// The source says how hot a disk is: a hint, of use only while a guest uses the disk.

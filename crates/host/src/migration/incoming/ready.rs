@@ -71,6 +71,7 @@ impl Incoming {
         });
         let disks: Vec<Arc<Disk>> = disks.collect();
         self.setup.arrivals.expect_disks(disks.len());
+        self.find_seeds(landing.plan()).await;
         let spec = landing.plan().spec.clone();
         let folder = host.state.machine_folder(&spec.name);
         self.landing = Some(landing);

@@ -70,7 +70,25 @@ impl Outgoing {
                 "the destination's version takes no disks ahead of the switch: they go after it",
             );
         }
-        self.setup.disks_ahead && knows && !self.setup.disks.is_empty()
+        let seeded = self.setup.flow.is_seeded();
+        if self.setup.disks_ahead && seeded {
+            self.setup.board.tell(
+                "the destination has an older copy of the disks: they are compared after the switch, and go then",
+            );
+        }
+        self.setup.disks_ahead && knows && !seeded && !self.setup.disks.is_empty()
+    }
+
+    /// The destination has compared a disk with its older copy.
+    pub(super) fn compared(&self, space: SpaceId) {
+        let flow = &self.setup.flow;
+        if let Some(info) = flow.infos().into_iter().find(|info| info.id == space) {
+            let spared = flow.tally(space).alike * UNIT >> 20;
+            self.setup.board.tell(format!(
+                "disk {}: {spared} MiB were at the destination already, in an older copy",
+                info.name
+            ));
+        }
     }
 
     pub(super) async fn begin_disks(&mut self) {

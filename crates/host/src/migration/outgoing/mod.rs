@@ -416,6 +416,7 @@ impl Outgoing {
             }
             Message::Ran { at_us } => self.ran_at(at_us),
             Message::RamTaken => self.ram_is_taken(),
+            Message::SeedEnd { space } => self.compared(space),
             // From before the switch, with what is evicted by it.
             Message::Fares(_) if self.stopped.is_some() && self.ran.is_none() => {}
             Message::Fares(fares) => self.fares = fares,
