@@ -682,6 +682,8 @@ mod tests {
         let (governor, begin) = governor();
         let (rate, rtt, room) = (125e6, 0.01, 0.02);
         let (mut queue, mut sent, mut time) = (0.0_f64, 0.0, 0.0);
+        // As it was when what comes back now was sent: `(time, delivered, queue)`.
+        let mut late = VecDeque::new();
         while time < 3.0 {
             let every = governor.ping_every().as_secs_f64();
             let allowed = governor.allowed().rate as f64 * every;
@@ -689,14 +691,20 @@ mod tests {
             governor.pace().charge(taken as u64);
             (sent, time) = (sent + taken, time + every);
             queue = (queue + taken / rate - every).max(0.0);
-            let count = Count {
-                at: begin + Duration::from_secs_f64(time),
-                delivered: (sent - queue * rate) as u64,
-                admitted: governor.pace().admitted(),
-                allowed: 0.0,
-                is_blocked: taken < allowed,
-            };
-            governor.steer(Duration::from_secs_f64(rtt + queue), None, count);
+            late.push_back((time + rtt + queue, sent - queue * rate, queue));
+            while let Some(&(at, delivered, queue)) = late.front()
+                && at <= time
+            {
+                late.pop_front();
+                let count = Count {
+                    at: begin + Duration::from_secs_f64(time),
+                    delivered: delivered as u64,
+                    admitted: governor.pace().admitted(),
+                    allowed: 0.0,
+                    is_blocked: taken < allowed,
+                };
+                governor.steer(Duration::from_secs_f64(rtt + queue), None, count);
+            }
         }
         assert_eq!(governor.allowed().phase, Phase::Met);
         let off = governor.inner().rate / rate;
