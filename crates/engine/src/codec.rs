@@ -14,22 +14,32 @@
 //! codec of the least time is used, with a small price on the sender's time: of two that are as good, the one
 //! that leaves more of the CPU to guests.
 //!
+//! Content that a sample tells to be dense goes as it is by any codec. Where it takes turns with content that packs
+//! more quickly than the pace forgets what was not used, both share the link's time, and it counts on both sides.
+//!
 //! # What is measured, and how
 //! - `pack` and `share` from each batch that is packed. But content differs from batch to batch, and machines
 //!   from minute to minute, so what one level costs and gains more than another is taken only from batches
 //!   packed with both: a *probe*, two batches a second, at one level after the other, but those
 //!   beyond hope: the best one need not be next to the one in use. While nothing is packed, probes tell
 //!   whether it would be worth it.
-//! - `link`: what went over it while push had to wait for its turn. If it did not wait, the link carries more
-//!   than that, by how much is not known: what is allowed bounds it, and what was measured before is raised
-//!   until push waits again.
+//! - `handing` from each batch; but what waits in the kernel makes it as long as the link takes, and taken for the
+//!   sender's own, that would speak for no codec in particular: then it counts for little more than its least.
+//! - `link`: see `codec/link.rs`.
 //!
 //! # Traps
-//! Decisions hold for a quarter of a second and change only for a clear gain: costs are measured on busy
-//! machines and differ by a third from one batch to the next. Batches that are told to be dense by a sample
+//! Decisions hold for a quarter of a second, unless the link turns out to be another, and change only for a gain:
+//! costs are measured on busy machines and differ by a third from one batch to the next. While the pace is still
+//! growing they hold for one batch only: what is right for a tenth of the link is much too slow for all of it, and
+//! a pace that is not used does not grow. Batches that are told to be dense by a sample
 //! teach nothing about levels: half a disk of films must not make the other half go unpacked.
 
 use std::time::Duration;
+
+mod link;
+
+use link::Link;
+pub use link::{Allowed, Phase};
 
 /// Levels of zstd that are tried, from the quickest to the smallest.
 pub const LEVELS: [i32; 6] = [-5, -1, 1, 3, 6, 9];
@@ -57,25 +67,35 @@ const PROBE_WEIGHT: f64 = 0.4;
 
 /// A codec stays in use so long at least, in microseconds, and gives way only to one so much better.
 const HOLD: u64 = 250_000;
-const BETTER: f64 = 0.94;
+const BETTER: f64 = 0.98;
 
 /// The price of the sender's time besides the time it takes.
-const PRICE: f64 = 0.15;
+const PRICE: f64 = 0.05;
+
+/// The pace lets go later what was not used for so long, in seconds: content that packs and such that does not
+/// share the link's time if they take turns so quickly. And at least so many bytes.
+const EVENED_FOR: f64 = 0.02;
+const EVENED: f64 = 256e3;
 
 /// Between two probes, in microseconds.
 const PROBE: u64 = 500_000;
 
+/// A probe that met dense content is tried again so soon.
+const AGAIN: u64 = 60_000;
+
 /// A level that would take so many times as long as the codec in use is not probed.
 const HOPELESS: f64 = 3.0;
 
-/// The link is measured over this time.
-const WINDOW: f64 = 0.1;
-
-/// Push that waited for less than this share of the time was not held up by the link.
+/// A batch that waited for less than this share of its time was not held up by the link.
 const WAITED: f64 = 0.05;
 
-/// By how much a link is thought faster after each window in which nothing waited for it.
-const RAISE: f64 = 1.15;
+/// While the kernel is behind, handing over takes no more of the sender's own time than so many times the least of
+/// late, which is forgotten by this factor with each batch.
+const HANDING: f64 = 1.25;
+const FORGOTTEN: f64 = 1.0005;
+
+/// So long after a change of codec what is known of the kernel may be of the codec before, in microseconds.
+const NEWS: u64 = 100_000;
 
 /// Packing that leaves more than this of a demand is not worth the wait.
 const DEMAND_GAIN: f64 = 0.9;
@@ -199,6 +219,10 @@ pub struct Chooser {
     /// An index of [`LEVELS`], or none.
     current: Option<usize>,
     decided: Option<u64>,
+    /// When another codec was taken last.
+    changed: u64,
+    /// When a batch was last asked for.
+    now: u64,
     probed: u64,
     /// An index of [`LEVELS`].
     last_probe: usize,
@@ -210,21 +234,19 @@ pub struct Chooser {
     size: [f64; LEVELS.len()],
     /// What level 1 leaves of content.
     share: f64,
+    /// How much of the content lately was dense, and how much when something came that was not.
+    dense: f64,
+    beside: f64,
+    /// Bytes over which that is averaged.
+    evened: f64,
     /// What was left of content lately, all batches counted.
     left: f64,
     /// Seconds a byte of content, and a byte of frames.
     read: f64,
     handing: f64,
-    /// Bytes a second.
-    link: Option<f64>,
-    window: Window,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Window {
-    wire: f64,
-    seconds: f64,
-    waited: f64,
+    /// The least of late.
+    least_handing: f64,
+    link: Link,
 }
 
 fn average(old: f64, new: f64) -> f64 {
@@ -241,26 +263,31 @@ impl Chooser {
             policy,
             current: None,
             decided: None,
+            changed: 0,
+            now: 0,
             probed: 0,
             last_probe: 0,
             cost: USUAL.map(|(nanos, _)| nanos * 1e-9),
             slowness: 1.0,
             size: USUAL.map(|(_, size)| size),
             share: FIRST_SHARE,
+            dense: 0.0,
+            beside: 0.0,
+            evened: EVENED,
             left: 1.0,
             read: 0.0,
             handing: 0.0,
-            link: None,
-            window: Window::default(),
+            least_handing: f64::MAX,
+            link: Link::new(),
         }
     }
 
-    /// The next batch of push. `allowed` is what the pace allows at most, in bytes a second.
-    pub fn next(&mut self, now: u64, allowed: u64) -> Choice {
+    /// The next batch of push.
+    pub fn next(&mut self, now: u64, allowed: Allowed) -> Choice {
         let level = match self.policy {
             Policy::Plain => None,
             Policy::Level(level) => Some(level),
-            Policy::Auto => return self.best(now, allowed as f64),
+            Policy::Auto => return self.best(now, allowed),
         };
         Choice {
             codec: level.map_or(Codec::Plain, Codec::Zstd),
@@ -268,21 +295,35 @@ impl Chooser {
         }
     }
 
-    fn best(&mut self, now: u64, allowed: f64) -> Choice {
-        if self.decided.is_none_or(|at| now.saturating_sub(at) >= HOLD) {
-            let time = |c: Option<usize>| self.time(c, allowed);
+    fn best(&mut self, now: u64, allowed: Allowed) -> Choice {
+        self.now = now;
+        let is_news = self.link.look(now, allowed);
+        // What is right for the pace changes with it.
+        let is_growing = self.link.is_growing(now, allowed);
+        let held = self.decided.map(|at| now.saturating_sub(at));
+        if is_news || is_growing || held.is_none_or(|held| held >= HOLD) {
+            self.decided = Some(now);
+            let link = self.link.usable(allowed);
+            self.evened = EVENED_FOR * link;
+            let time = |c: Option<usize>| self.time(c, link);
             let codecs = std::iter::once(None).chain((0..LEVELS.len()).map(Some));
             let best = codecs.min_by(|a, b| time(*a).total_cmp(&time(*b)));
-            let better = best.filter(|best| time(*best) < BETTER * time(self.current));
-            if self.decided.is_none() || better.is_some() {
-                self.current = better.unwrap_or(self.current);
+            let enough = if is_growing || held.is_none() {
+                1.0
+            } else {
+                BETTER
+            };
+            let better = best.filter(|best| time(*best) < enough * time(self.current));
+            if better.is_some_and(|better| better != self.current) {
+                self.changed = now;
             }
-            self.decided = Some(now);
+            self.current = better.unwrap_or(self.current);
         }
+        let link = self.link.usable(allowed);
         let mut probe = None;
         if now.saturating_sub(self.probed) >= PROBE {
             self.probed = now;
-            probe = self.next_probe(allowed);
+            probe = self.next_probe(link);
         }
         Choice {
             codec: self
@@ -293,10 +334,10 @@ impl Chooser {
     }
 
     /// What to probe: all levels in turn, but those beyond hope. If all are, the quickest: hope comes back.
-    fn next_probe(&mut self, allowed: f64) -> Option<usize> {
-        let hopeless = HOPELESS * self.time(self.current, allowed);
+    fn next_probe(&mut self, link: f64) -> Option<usize> {
+        let hopeless = HOPELESS * self.time(self.current, link);
         let after = (1..=LEVELS.len()).map(|n| (self.last_probe + n) % LEVELS.len());
-        let worth = |&c: &usize| Some(c) != self.current && self.time(Some(c), allowed) < hopeless;
+        let worth = |&c: &usize| Some(c) != self.current && self.time(Some(c), link) < hopeless;
         let found = after.clone().find(worth);
         let chosen = found.or_else(|| self.current.is_none().then_some(0));
         self.last_probe = chosen.unwrap_or(self.last_probe);
@@ -311,24 +352,22 @@ impl Chooser {
         codec.map_or(1.0, |c| (self.share * self.size[c]).min(1.0))
     }
 
-    fn link(&self, allowed: f64) -> f64 {
-        self.link.map_or(allowed, |link| link.min(allowed)).max(1.0)
-    }
-
     /// Seconds a byte of content takes, and what else speaks against it.
-    fn time(&self, codec: Option<usize>, allowed: f64) -> f64 {
-        let (cost, share) = (self.cost(codec), self.share(codec));
+    fn time(&self, codec: Option<usize>, link: f64) -> f64 {
+        let packs = 1.0 - self.beside;
+        let cost = packs * self.cost(codec);
+        let share = self.beside + packs * self.share(codec);
         let sender = self.read + cost + share * self.handing;
-        sender.max(share / self.link(allowed)) + PRICE * cost
+        sender.max(share / link) + PRICE * cost
     }
 
     /// For units that somebody waits for: packing and sending follow each other.
-    pub fn for_demand(&self, allowed: u64) -> Codec {
+    pub fn for_demand(&self, allowed: Allowed) -> Codec {
         match self.policy {
             Policy::Plain => Codec::Plain,
             Policy::Level(level) => Codec::Zstd(level.min(LEVELS[QUICK - 1])),
             Policy::Auto => {
-                let link = self.link(allowed as f64);
+                let link = self.link.at_most(allowed.rate as f64);
                 let wait = |c: usize| self.cost(Some(c)) + self.share(Some(c)) / link;
                 let quick = (0..QUICK).min_by(|a, b| wait(*a).total_cmp(&wait(*b)));
                 let worth = quick.filter(|&c| wait(c) < DEMAND_GAIN / link);
@@ -343,11 +382,31 @@ impl Chooser {
             return;
         };
         let cost = packed.took.as_secs_f64() / packed.content as f64;
+        // While nothing is packed but probes there are few of them.
+        let weight = match self.current {
+            Some(_) => WEIGHT,
+            None => PROBE_WEIGHT,
+        };
         // Who was not given the CPU for a while learns little about levels by that.
         let slowness = (cost / self.cost[c]).clamp(0.02, 50.0);
-        self.slowness = average(self.slowness, slowness);
+        self.slowness += weight * (slowness - self.slowness);
         let share = (packed.left as f64 / packed.content as f64).min(1.0) / self.size[c];
-        self.share = average(self.share, share);
+        self.share += weight * (share - self.share);
+        self.beside = average(self.beside, self.dense);
+        self.mixed(packed.content as f64, 0.0);
+    }
+
+    /// Content was not packed because a sample of it was dense.
+    pub fn dense(&mut self, content: u64) {
+        if content > 0 && self.probed == self.now {
+            self.probed = self.now.saturating_sub(PROBE - AGAIN);
+        }
+        self.mixed(content as f64, 1.0);
+    }
+
+    fn mixed(&mut self, content: f64, dense: f64) {
+        let weight = content / (content + EVENED.max(self.evened));
+        self.dense += weight * (dense - self.dense);
     }
 
     /// The same content was packed at two levels, the second for comparison only.
@@ -369,30 +428,28 @@ impl Chooser {
     }
 
     /// A batch of push has been handed to the kernel.
-    pub fn sent(&mut self, took: Took, allowed: u64) {
+    pub fn sent(&mut self, took: Took, allowed: Allowed) {
         if took.content == 0 || took.wire == 0 {
             return;
         }
         let (content, wire) = (took.content as f64, took.wire as f64);
-        self.read = average(self.read, took.read.as_secs_f64() / content);
-        self.handing = average(self.handing, took.handing.as_secs_f64() / wire);
-        self.left = average(self.left, (wire / content).min(1.0));
-        let turn = took.turn.as_secs_f64();
-        let window = &mut self.window;
-        window.wire += wire;
-        window.waited += turn;
-        window.seconds += turn + (took.read + took.pack + took.handing).as_secs_f64();
-        if window.seconds < WINDOW {
-            return;
-        }
-        let window = std::mem::take(window);
-        let carried = window.wire / window.seconds;
-        self.link = if window.waited >= WAITED * window.seconds {
-            Some(carried)
-        } else {
-            let raised = |link: f64| (link * RAISE).max(carried).min(allowed as f64);
-            self.link.map(raised)
+        let handing = took.handing.as_secs_f64();
+        self.least_handing = (self.least_handing * FORGOTTEN).min(handing / wire);
+        let own = match allowed.is_behind {
+            true => handing.min(HANDING * self.least_handing * wire),
+            false => handing,
         };
+        self.read = average(self.read, took.read.as_secs_f64() / content);
+        self.handing = average(self.handing, own / wire);
+        self.left = average(self.left, (wire / content).min(1.0));
+        let is_news = self.now.saturating_sub(self.changed) >= NEWS;
+        let behind = if is_news { handing - own } else { 0.0 };
+        let waited = took.turn.as_secs_f64() + behind;
+        let seconds = (took.read + took.pack + took.turn + took.handing).as_secs_f64();
+        let is_full = waited >= WAITED * seconds;
+        if (self.link).sent(wire, seconds, is_full, self.now, allowed) {
+            self.decided = None;
+        }
     }
 
     /// How long packing so many bytes will take, about.
@@ -414,3 +471,6 @@ impl Chooser {
 #[cfg(test)]
 #[path = "codec_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+mod moves;

@@ -4,11 +4,15 @@ use super::*;
 use proptest::prelude::*;
 
 const BATCH: u64 = 256 << 10;
-const ALLOWED: u64 = 5_000_000_000;
+const ALLOWED: Allowed = Allowed {
+    rate: 5_000_000_000,
+    phase: Phase::Met,
+    is_behind: false,
+};
 
 /// A world in which a batch takes as long as the slower of sender and link.
 #[derive(Clone, Copy)]
-struct World {
+pub(super) struct World {
     /// Bytes a second.
     link: f64,
     /// The sender's costs, in usual ones.
@@ -19,7 +23,7 @@ struct World {
 
 impl World {
     /// Not quite what is usual: high levels gain more here.
-    fn share(&self, codec: Codec) -> f64 {
+    pub(super) fn share(&self, codec: Codec) -> f64 {
         match codec {
             Codec::Plain => 1.0,
             Codec::Zstd(level) => {
@@ -29,7 +33,7 @@ impl World {
         }
     }
 
-    fn cost(&self, codec: Codec) -> f64 {
+    pub(super) fn cost(&self, codec: Codec) -> f64 {
         match codec {
             Codec::Plain => 0.0,
             Codec::Zstd(level) => {
@@ -39,8 +43,8 @@ impl World {
         }
     }
 
-    const READ: f64 = 0.2e-9;
-    const HANDING: f64 = 0.8e-9;
+    pub(super) const READ: f64 = 0.2e-9;
+    pub(super) const HANDING: f64 = 0.8e-9;
 
     fn sender(&self, codec: Codec) -> f64 {
         Self::READ + self.cost(codec) + self.share(codec) * Self::HANDING
@@ -143,7 +147,7 @@ const WORLDS: [World; 8] = [
     world(125e6, 1.0, 1.0),
 ];
 
-const fn world(link: f64, slowness: f64, share: f64) -> World {
+pub(super) const fn world(link: f64, slowness: f64, share: f64) -> World {
     World {
         link,
         slowness,
@@ -226,9 +230,12 @@ fn what_the_operator_wants_is_done() {
         let choice = chooser.next(0, ALLOWED);
         assert_eq!((choice.codec, choice.probe), (codec, None));
     }
-    assert_eq!(Chooser::new(Policy::Plain).for_demand(1), Codec::Plain);
     assert_eq!(
-        Chooser::new(Policy::Level(19)).for_demand(1),
+        Chooser::new(Policy::Plain).for_demand(Allowed::met(1)),
+        Codec::Plain
+    );
+    assert_eq!(
+        Chooser::new(Policy::Level(19)).for_demand(Allowed::met(1)),
         Codec::Zstd(1)
     );
 }
@@ -277,13 +284,14 @@ proptest! {
                 turn: micros(turn),
                 handing: micros(handing),
             };
+            let allowed = Allowed { rate: allowed, phase: [Phase::Growing, Phase::Met, Phase::Held][c % 3], is_behind: read % 2 == 0 };
             chooser.sent(took, allowed);
             let choice = chooser.next(now, allowed);
             if let Codec::Zstd(level) = choice.codec {
                 prop_assert!(LEVELS.contains(&level));
             }
             prop_assert!(chooser.left() > 0.0 && chooser.left() <= 1.0);
-            prop_assert!(chooser.time(chooser.current, allowed as f64).is_finite());
+            prop_assert!(chooser.time(chooser.current, allowed.rate.max(1) as f64).is_finite());
             chooser.for_demand(allowed);
         }
     }

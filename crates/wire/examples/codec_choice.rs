@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use whimbrel_engine::codec::{Chooser, Codec, LEVELS, Packed, Policy, Took};
+use whimbrel_engine::codec::{Allowed, Chooser, Codec, LEVELS, Packed, Policy, Took};
 use whimbrel_wire::pack::Packer;
 
 const PIECE: usize = 256 << 10;
@@ -52,7 +52,7 @@ fn run(pieces: &[&[u8]], link: f64, slowness: f64, policy: Policy) -> Outcome {
                 took: began.elapsed().mul_f64(slowness),
             }
         };
-        let choice = chooser.next((now * 1e6) as u64, u64::MAX);
+        let choice = chooser.next((now * 1e6) as u64, Allowed::met(u64::MAX));
         let used = match choice.codec {
             Codec::Plain => None,
             Codec::Zstd(level) => Some(pack(level)),
@@ -79,7 +79,7 @@ fn run(pieces: &[&[u8]], link: f64, slowness: f64, policy: Policy) -> Outcome {
                 turn: Duration::from_secs_f64(turn),
                 handing,
             },
-            u64::MAX,
+            Allowed::met(u64::MAX),
         );
         now += sender + turn;
         if now > SETTLING {

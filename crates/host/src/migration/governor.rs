@@ -36,6 +36,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use whimbrel_engine::codec::{Allowed, Phase};
 use whimbrel_engine::space::UNIT;
 use whimbrel_peer::gauge::{Gauge, Reading};
 use whimbrel_peer::pace::{Pace, Rate};
@@ -167,6 +168,8 @@ struct Count {
     admitted: u64,
     /// What might have been admitted.
     allowed: f64,
+    /// So much waits in a socket that push waits for the kernel.
+    is_blocked: bool,
 }
 
 struct Inner {
@@ -177,6 +180,8 @@ struct Inner {
     is_growing: bool,
     /// Push does less than it may, and there is no queue.
     is_short: bool,
+    /// At the last ping so much waited in a socket that push waits for the kernel.
+    is_blocked: bool,
     /// Bytes that the rate would have let go so far.
     allowed: f64,
     /// When a queue was last seen that is longer than any aimed at.
@@ -210,6 +215,7 @@ impl Inner {
             is_starting: true,
             is_growing: false,
             is_short: false,
+            is_blocked: false,
             allowed: 0.0,
             long_queue: None,
             carries: None,
@@ -288,9 +294,10 @@ impl Inner {
         let from = self.count_before(count.at, START_USED);
         let used = count.admitted.saturating_sub(from.admitted) as f64;
         self.is_growing = used >= DOES * (count.allowed - from.allowed);
-        // Of one that push had no part in nothing is learnt, and a single one may be a busy CPU.
+        // Of one that push had no part in nothing is learnt, and a single one may be a busy CPU. Push that waits for
+        // the kernel has its part whatever is allowed: before news of the queue was here, that grew beyond the link.
         self.is_short = !self.is_growing && queue < TARGET / 2.0;
-        let is_queue = queue > TARGET && self.is_growing;
+        let is_queue = queue > TARGET && (self.is_growing || count.is_blocked);
         // The first rate is next to nothing, and was not even asked for by much.
         let sure = if self.rate > FIRST { 2 } else { START_SURE };
         if is_queue && self.quiet + 1 >= sure {
@@ -332,6 +339,7 @@ impl Inner {
             self.allowed += over * self.rate;
         }
         count.allowed = self.allowed;
+        self.is_blocked = count.is_blocked;
         if queue > LONG * TARGET {
             self.long_queue = Some(count.at);
         }
@@ -437,13 +445,23 @@ impl Governor {
 
     /// Units that a frame of push may have now, if so much of them is left on the link.
     pub fn frame_units(&self, left: f64) -> u64 {
-        let rate = self.allowed() as f64;
+        let rate = self.inner().rate;
         ((rate * FRAME / (UNIT as f64 * left)) as u64).clamp(1, MAX_UNITS)
     }
 
-    /// What push may send at most, in bytes a second.
-    pub fn allowed(&self) -> u64 {
-        self.inner().rate as u64
+    /// What push may send at most.
+    pub fn allowed(&self) -> Allowed {
+        let inner = self.inner();
+        let phase = match (inner.is_starting, inner.looking) {
+            (true, _) => Phase::Growing,
+            (false, None) => Phase::Met,
+            (false, Some(_)) => Phase::Held,
+        };
+        Allowed {
+            rate: inner.rate as u64,
+            phase,
+            is_behind: inner.is_blocked,
+        }
     }
 
     /// Whether the link has, or just had, a queue that is felt.
@@ -475,7 +493,7 @@ impl Governor {
     /// A ping came back after `rtt`.
     pub fn pong(&self, rtt: Duration, now: Instant) {
         let admitted = self.pace.admitted();
-        let (mut delivered, mut segments) = (Some(0), None);
+        let (mut delivered, mut segments, mut is_blocked) = (Some(0), None, false);
         for seen in self.gauges().iter_mut() {
             seen.gauge.keep_going(now);
             let reading = seen.gauge.reading();
@@ -485,6 +503,7 @@ impl Governor {
             let is_news = reading.delivered != seen.delivered && !reading.rtt.is_zero();
             seen.delivered = reading.delivered;
             seen.unsent = reading.unsent;
+            is_blocked |= reading.unsent >= WAITING;
             if is_news {
                 segments = Some(segments.unwrap_or(reading.rtt).min(reading.rtt));
             }
@@ -495,6 +514,7 @@ impl Governor {
             delivered: delivered.map_or(admitted, in_packets),
             admitted,
             allowed: 0.0,
+            is_blocked,
         };
         self.steer(rtt, segments, count);
         let patience = {
@@ -617,6 +637,7 @@ mod tests {
                         delivered: acknowledged as u64,
                         admitted: governor.pace().admitted(),
                         allowed: 0.0,
+                        is_blocked: false,
                     };
                     governor.steer(Duration::from_secs_f64(rtt), None, count);
                 }
@@ -653,6 +674,42 @@ mod tests {
             assert!(outcome.worst < 0.03, "{rate} B/s, {rtt} s: {outcome:?}");
             assert!(outcome.mean < 0.015, "{rate} B/s, {rtt} s: {outcome:?}");
         }
+    }
+
+    /// The rate grew on while news of the queue was under way, and what the kernel takes is not even most of it.
+    #[test]
+    fn push_that_waits_for_the_kernel_has_met_the_link() {
+        let (governor, begin) = governor();
+        let (rate, rtt, room) = (125e6, 0.01, 0.02);
+        let (mut queue, mut sent, mut time) = (0.0_f64, 0.0, 0.0);
+        // As it was when what comes back now was sent: `(time, delivered, queue)`.
+        let mut late = VecDeque::new();
+        while time < 3.0 {
+            let every = governor.ping_every().as_secs_f64();
+            let allowed = governor.allowed().rate as f64 * every;
+            let taken = allowed.min(rate * (every + room - queue));
+            governor.pace().charge(taken as u64);
+            (sent, time) = (sent + taken, time + every);
+            queue = (queue + taken / rate - every).max(0.0);
+            late.push_back((time + rtt + queue, sent - queue * rate, queue));
+            while let Some(&(at, delivered, queue)) = late.front()
+                && at <= time
+            {
+                late.pop_front();
+                let count = Count {
+                    at: begin + Duration::from_secs_f64(time),
+                    delivered: delivered as u64,
+                    admitted: governor.pace().admitted(),
+                    allowed: 0.0,
+                    is_blocked: taken < allowed,
+                };
+                governor.steer(Duration::from_secs_f64(rtt + queue), None, count);
+            }
+        }
+        assert_eq!(governor.allowed().phase, Phase::Met);
+        let off = governor.inner().rate / rate;
+        assert!((0.9..1.1).contains(&off), "{off} of the link");
+        assert!(queue < 2.0 * TARGET, "{queue} s");
     }
 
     #[test]
@@ -693,6 +750,7 @@ mod tests {
                 delivered: link.carried as u64,
                 admitted: governor.pace().admitted(),
                 allowed: 0.0,
+                is_blocked: false,
             };
             governor.steer(Duration::from_millis(40), None, count);
         }

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use whimbrel_engine::codec::{Choice, Chooser, Codec, Packed, Policy, Took};
+use whimbrel_engine::codec::{Allowed, Choice, Chooser, Codec, Packed, Policy, Took};
 use whimbrel_engine::space::{Extent, UNIT};
 use whimbrel_volume::backend::is_zero;
 use whimbrel_wire::delta::PAGE;
@@ -63,6 +63,8 @@ pub struct Frames {
     /// What packing came to: as it is sent, and for comparison.
     used: Option<Packed>,
     other: Option<Packed>,
+    /// Bytes that were not packed because a sample of them was dense.
+    dense: u64,
     /// What making records took.
     recording: Duration,
 }
@@ -103,8 +105,7 @@ impl Packing {
         self.chooser.lock().expect("no holder of this lock panics")
     }
 
-    /// `allowed` is what push may send at most, in bytes a second.
-    pub fn for_demand(&self, allowed: u64) -> Codec {
+    pub fn for_demand(&self, allowed: Allowed) -> Codec {
         self.chooser().for_demand(allowed)
     }
 
@@ -114,8 +115,16 @@ impl Packing {
     }
 
     /// A batch has been handed to the kernel.
-    pub fn sent(&self, took: Took, allowed: u64) {
-        self.chooser().sent(took, allowed);
+    pub fn sent(&self, took: Took, allowed: Allowed) {
+        let mut chooser = self.chooser();
+        tracing::trace!(
+            at = self.clock.elapsed().as_micros() as u64,
+            ?allowed,
+            ?took,
+            ?chooser,
+            "a batch went"
+        );
+        chooser.sent(took, allowed);
     }
 }
 
@@ -165,7 +174,7 @@ impl PackJob {
         units: Units,
         kind: Kind,
         frame_units: u64,
-        allowed: u64,
+        allowed: Allowed,
     ) -> Frames {
         let plain = Choice {
             codec: Codec::Plain,
@@ -185,7 +194,7 @@ impl PackJob {
         };
         let means = Means {
             packs: self.packing.packs && self.can_unpack,
-            link: allowed,
+            link: allowed.rate,
             // Half, if it is packed, as memory mostly is.
             whole: match choice.codec {
                 Codec::Plain => PAGE,
@@ -217,7 +226,7 @@ impl PackJob {
                 chooser.probed(used, other);
             }
             (Some(one), None) | (None, Some(one)) => chooser.packed(one),
-            (None, None) => {}
+            (None, None) => chooser.dense(frames.dense),
         }
         drop(chooser);
         frames
@@ -334,7 +343,11 @@ fn add_content(
     let writing = Writing { content, batch };
     let packs = choice.codec != Codec::Plain || choice.probe.is_some();
     let mut parcel = None;
-    if packs && !packer.is_dense(writing.bytes()) {
+    let is_dense = packs && packer.is_dense(writing.bytes());
+    if is_dense {
+        all.dense = writing.bytes().len() as u64;
+    }
+    if packs && !is_dense {
         if let Codec::Zstd(level) = choice.codec {
             let (used, packed) = writing.packed(level, packer);
             all.used = Some(used);
@@ -568,7 +581,9 @@ mod tests {
         for (can_unpack, form) in [(false, Form::Plain), (true, Form::Zstd)] {
             let mut job = PackJob::new(packing.clone(), can_unpack, 0);
             let units = batch(&[(0, vec![Kind::Text; 64])]);
-            let packed = job.pack(units, DISK, MAX_UNITS, 1_000_000).await;
+            let packed = job
+                .pack(units, DISK, MAX_UNITS, Allowed::met(1_000_000))
+                .await;
             assert!(packed.frames.iter().all(|f| f.form == form));
         }
     }
@@ -578,11 +593,13 @@ mod tests {
         let mut job = PackJob::new(Arc::new(Packing::new(Policy::Auto)), true, 0);
         for round in 0..20 {
             let units = batch(&[(round, vec![Kind::Text; 64])]);
-            let packed = job.pack(units.clone(), DISK, MAX_UNITS, 200_000).await;
+            let packed = job
+                .pack(units.clone(), DISK, MAX_UNITS, Allowed::met(200_000))
+                .await;
             assert_eq!(packed.frames.len(), 1);
             assert_eq!(decoded(&packed.frames[0]), units);
         }
-        assert!(job.packing.chooser().next(0, 200_000).codec != Codec::Plain);
+        assert!(job.packing.chooser().next(0, Allowed::met(200_000)).codec != Codec::Plain);
     }
 
     #[tokio::test]
@@ -598,7 +615,7 @@ mod tests {
             (noise.clone(), &still, 64, 64 * 20, 64),
         ] {
             let frames = job
-                .pack(units.clone(), kind.clone(), 32, 1_000_000)
+                .pack(units.clone(), kind.clone(), 32, Allowed::met(1_000_000))
                 .await
                 .frames;
             assert_eq!(frames.len(), 2);
@@ -616,9 +633,17 @@ mod tests {
             assert_eq!(came.collect::<Vec<_>>(), by_unit(&units));
         }
         let disk = super::Kind::Disk { ram_changes: false };
-        job.pack(batch(&[(7, vec![Kind::Text])]), disk, 32, 1_000_000)
-            .await;
-        let frames = job.pack(noise, still, 64, 1_000_000).await.frames;
+        job.pack(
+            batch(&[(7, vec![Kind::Text])]),
+            disk,
+            32,
+            Allowed::met(1_000_000),
+        )
+        .await;
+        let frames = job
+            .pack(noise, still, 64, Allowed::met(1_000_000))
+            .await
+            .frames;
         assert_eq!(decoded(&frames[0]).units(), 64, "nothing is kept any more");
     }
 
