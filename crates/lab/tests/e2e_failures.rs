@@ -3,11 +3,40 @@
 
 mod e2e_support;
 
-use e2e_support::{MOVE_WITHIN, NAME, Scene, can_run, each_unit_once, fast, line, secs, start};
+use e2e_support::{
+    MOVE_WITHIN, NAME, Scene, can_run, each_unit_once, fast, line, secs, start, tells,
+};
 use whimbrel_lab::net::{Host, LabSpec};
 use whimbrel_lab::pair::answers::{MachineStatus, MigrationState, Phase, SpaceKind};
 use whimbrel_lab::pair::{Guest, GuestSpec, PairSpec};
 use whimbrel_lab::wan::WanSpec;
+
+#[test]
+fn a_guest_that_shuts_down_before_the_switch_is_told_of_as_such() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut guest = scene.guest_on(Host::A);
+    let args = ["migrate", NAME, "--to", "host-b", "--hold"];
+    let mut follow = scene.on(Host::A).follow(&args).expect("the command starts");
+    let held = follow.until("being held", MOVE_WITHIN, |view| {
+        view.state == MigrationState::Held
+    });
+    held.expect("held");
+    scene.verified_on(Host::A, &mut guest);
+    let ended = follow.end(secs(30)).expect("the move ends");
+    assert_eq!(ended.exit, Some(4), "{}", ended.describe());
+    tells(&ended.refusal.expect("failed"), "qemu", &["shut down"]);
+    let view = ended.last.expect("a last word").view;
+    assert_eq!(view.state, MigrationState::Failed);
+    scene.is_clean(Host::B);
+    scene.reaches(Host::A, Some(MachineStatus::Defined));
+    scene
+        .on(Host::A)
+        .run(&["machine", "start", NAME])
+        .expect("it starts again");
+}
 
 #[test]
 fn cancel_during_copy_leaves_source_unharmed_and_destination_clean() {

@@ -7,6 +7,7 @@ use whimbrel_lab::net::Host;
 use whimbrel_lab::pair::answers::{
     MachineStatus, MigrationReport, Phase, ReportSummary, ReportView, SpaceKind,
 };
+use whimbrel_lab::pair::{GuestSpec, Monitor};
 
 #[test]
 fn a_running_machine_moves_and_verifies() {
@@ -119,6 +120,40 @@ fn disks_go_ahead_of_the_switch_whatever_way_ram_goes() {
     let ended = scene.moves(Host::B, &["--disks", "hybrid", "--ram", "postcopy"]);
     let report = ended.last.and_then(|seen| seen.view.report);
     assert!(report.expect("a report").verified);
+    scene.works(&mut guest);
+    scene.verified_on(Host::A, &mut guest);
+}
+
+#[test]
+fn one_that_was_stopped_arrives_stopped_whatever_way_ram_goes() {
+    if !can_run() {
+        return;
+    }
+    let scene = start(&fast());
+    let mut spec = GuestSpec::small(NAME);
+    spec.extra_args = Monitor::args();
+    // What its memory is made of and how its disk is attached make no difference either.
+    spec.lines = vec!["memory_backing = \"shared\"".to_owned()];
+    spec.bus = Some("virtio-scsi".to_owned());
+    spec.params.disk = "/dev/sda".to_owned();
+    let mut guest = scene.guest_of(Host::A, spec);
+    let monitor = |host| Monitor::connect(scene.site(host).namespace()).expect("a monitor");
+    let stop = monitor(Host::A).execute("stop", serde_json::json!({}));
+    stop.expect("stopped");
+    for (from, ram) in [(Host::A, "postcopy"), (Host::B, "precopy")] {
+        let ended = scene.moves(from, &["--ram", ram]);
+        let report = ended.last.and_then(|seen| seen.view.report);
+        let report = report.expect("a report");
+        assert!(report.verified);
+        assert_eq!(report.blackout_ms, None);
+        let status = monitor(from.other()).status().expect("told");
+        assert_eq!(status, "paused", "by {ram}");
+        assert_eq!(scene.status(from.other()), Some(MachineStatus::Paused));
+    }
+    scene
+        .on(Host::A)
+        .run(&["machine", "resume", NAME])
+        .expect("resumed");
     scene.works(&mut guest);
     scene.verified_on(Host::A, &mut guest);
 }

@@ -69,7 +69,7 @@ pub enum Error {
     Released { block: usize, unit: u64 },
     #[error("guest memory of {bytes} bytes is more than the {limit} bytes this daemon accepts")]
     TooMuchRam { bytes: u64, limit: u64 },
-    #[error("RAM block {name} has pages of {page_size} bytes; only 4096 can be moved")]
+    #[error("RAM block {name} is in pages of {} KiB, and a guest cannot run before such memory is there", page_size >> 10)]
     PageSize { name: String, page_size: u64 },
     /// See [`SourceOptions::accept_lost_writes`](crate::source::SourceOptions::accept_lost_writes).
     #[error(
@@ -77,6 +77,15 @@ pub enum Error {
          QEMU's own too, can corrupt the guest"
     )]
     LosesWrites { version: crate::qmp::Version },
+    /// The guest's memory is in several parts, and QEMU runs it without KVM.
+    #[error(
+        "the guest's memory is in {parts} parts (NUMA nodes or modules with memory of their own), and QEMU {version} \
+         without KVM dies or loses track of the guest's writes when such a guest is migrated, by itself too"
+    )]
+    LosesParts {
+        version: crate::qmp::Version,
+        parts: usize,
+    },
     #[error("the machine has live state besides RAM that cannot be handed over: section {idstr}")]
     OtherLiveSection { idstr: String },
     #[error("source migration failed, guest {state:?}: {reason}")]

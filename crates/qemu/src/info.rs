@@ -192,9 +192,11 @@ pub async fn ring_pages(qmp: &Qmp, layout: &StreamLayout) -> Result<Vec<UnitSet>
 /// The shadow is 128 KiB, nearly all of it zero in most guests: only its non-zero pages need to travel.
 pub async fn early_pages(qmp: &Qmp, layout: &StreamLayout) -> Result<Vec<UnitSet>> {
     let mut sets = ring_pages(qmp, layout).await?;
-    // Main memory is the longest block, and starts at address 0 on every PC.
-    let main = (0..layout.blocks.len()).max_by_key(|&b| layout.blocks[b].len);
-    if let Some(main) = main {
+    let map = PhysicalMap::query(qmp).await?;
+    // Behind the ROMs, where they are shadowed, lies the block that begins at address 0.
+    if let Some((region, 0)) = map.find(0)
+        && let Some(main) = block_of_region(layout, region)
+    {
         sets[main].insert(Extent::touching(OPTION_ROMS.0, OPTION_ROMS.1));
     }
     Ok(sets)

@@ -28,6 +28,13 @@ use crate::{Error, Result};
 pub const OLDEST: (u64, u64) = (7, 2);
 /// Time a QEMU gets to start, to tell its machine types and to exit.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// The object that is the guest's memory, and its RAM block.
+const RAM: &str = "pc.ram";
+/// The virtio-scsi controller.
+const SCSI: &str = "scsi0";
+/// Node of the firmware in flash.
+const FIRMWARE: &str = "firmware";
+const HUGE_PAGE: u64 = 2 << 20;
 /// Bytes of a log's end carried in an error.
 const LOG_TAIL: u64 = 4096;
 
@@ -42,6 +49,37 @@ pub struct Drive {
     pub reconnect_delay: u32,
     pub read_only: bool,
     pub on_error: OnError,
+    pub bus: Bus,
+}
+
+/// How a disk is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bus {
+    VirtioBlk,
+    /// On one virtio-scsi controller, which is made where the first of them stands.
+    VirtioScsi,
+    /// On the chipset's own controller.
+    Ide,
+    /// The flash beside the firmware's; no disk.
+    Flash,
+}
+
+/// What the guest's memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    Private,
+    /// A memfd.
+    Shared,
+    /// A memfd of huge pages of 2 MiB.
+    Huge,
+}
+
+/// What the guest boots by, in place of QEMU's own firmware.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Firmware {
+    Bios(PathBuf),
+    /// In flash that the guest cannot write to.
+    Flash(PathBuf),
 }
 
 /// What QEMU does when a disk fails a guest's request.
@@ -94,7 +132,9 @@ pub struct LaunchSpec {
     /// CPU model with features, as QEMU takes it. Must exist on both hosts: not `host`.
     pub cpu: String,
     pub memory_bytes: u64,
+    pub memory: Memory,
     pub vcpus: u32,
+    pub firmware: Option<Firmware>,
     /// Accelerators in order of preference (`kvm`, `tcg`).
     pub accel: Vec<String>,
     pub kernel: Option<Kernel>,
@@ -119,12 +159,13 @@ impl LaunchSpec {
         }
         args.add("-display", "none");
         args.add("-name", format!("guest={}", escape(&self.name)));
-        args.add("-machine", &self.machine);
+        args.add("-machine", self.machine_options());
         for accel in &self.accel {
             args.add("-accel", accel);
         }
         args.add("-cpu", &self.cpu);
         args.add("-m", format!("size={}B", self.memory_bytes));
+        self.add_memory(&mut args);
         args.add("-smp", self.vcpus.to_string());
         if let Some(kernel) = &self.kernel {
             args.add("-kernel", &kernel.image);
@@ -133,7 +174,17 @@ impl LaunchSpec {
             }
             args.add("-append", &kernel.append);
         }
-        for drive in &self.drives {
+        match &self.firmware {
+            Some(Firmware::Bios(path)) => args.add("-bios", path),
+            Some(Firmware::Flash(path)) => args.add("-blockdev", firmware_node(path)),
+            None => {}
+        }
+        let scsi = self.drives.iter().position(|d| d.bus == Bus::VirtioScsi);
+        for (n, drive) in self.drives.iter().enumerate() {
+            if scsi == Some(n) {
+                let controller = json!({ "driver": "virtio-scsi-pci", "id": SCSI });
+                args.add("-device", controller.to_string());
+            }
             drive.add(&mut args);
         }
         for nic in &self.nics {
@@ -157,6 +208,41 @@ impl LaunchSpec {
         }
         args.0.extend(self.extra.iter().cloned());
         args.0
+    }
+
+    fn machine_options(&self) -> String {
+        let mut options = self.machine.clone();
+        if self.memory != Memory::Private {
+            options += &format!(",memory-backend={RAM}");
+        }
+        if matches!(self.firmware, Some(Firmware::Flash(_))) {
+            options += &format!(",pflash0={FIRMWARE}");
+        }
+        if let Some(drive) = self.drives.iter().find(|d| d.bus == Bus::Flash) {
+            options += &format!(",pflash1={}", drive.name);
+        }
+        options
+    }
+
+    fn add_memory(&self, args: &mut Args) {
+        // The block keeps the name that it has without an object of its own, so that nothing else depends on
+        // what memory is made of.
+        let mut object = json!({
+            "qom-type": "memory-backend-memfd",
+            "id": RAM,
+            "size": self.memory_bytes,
+            "share": true,
+            "x-use-canonical-path-for-ramblock-id": false,
+        });
+        match self.memory {
+            Memory::Private => return,
+            Memory::Shared => {}
+            Memory::Huge => {
+                object["hugetlb"] = json!(true);
+                object["hugetlbsize"] = json!(HUGE_PAGE);
+            }
+        }
+        args.add("-object", object.to_string());
     }
 
     /// Starts QEMU; its output is appended to `log`.
@@ -221,14 +307,24 @@ impl Drive {
             },
         });
         let (werror, rerror) = self.on_error.words();
-        let device = json!({
-            "driver": "virtio-blk-pci",
+        args.add("-blockdev", blockdev.to_string());
+        let (driver, bus) = match self.bus {
+            Bus::VirtioBlk => ("virtio-blk-pci", None),
+            Bus::VirtioScsi => ("scsi-hd", Some(format!("{SCSI}.0"))),
+            // QEMU takes the first place that is free.
+            Bus::Ide => ("ide-hd", None),
+            Bus::Flash => return,
+        };
+        let mut device = json!({
+            "driver": driver,
             "id": format!("virtio-{}", self.name),
             "drive": self.name,
             "werror": werror,
             "rerror": rerror,
         });
-        args.add("-blockdev", blockdev.to_string());
+        if let Some(bus) = bus {
+            device["bus"] = json!(bus);
+        }
         args.add("-device", device.to_string());
     }
 }
@@ -250,6 +346,17 @@ impl Nic {
         args.add("-netdev", netdev);
         args.add("-device", device.to_string());
     }
+}
+
+/// The firmware's node, read-only: its content is the file's on every host.
+fn firmware_node(path: &Path) -> String {
+    let node = json!({
+        "driver": "raw",
+        "node-name": FIRMWARE,
+        "read-only": true,
+        "file": { "driver": "file", "filename": path.to_string_lossy(), "read-only": true },
+    });
+    node.to_string()
 }
 
 struct Args(Vec<OsString>);
@@ -480,7 +587,9 @@ mod tests {
             machine: "pc-q35-7.2".into(),
             cpu: "qemu64".into(),
             memory_bytes: 64 << 20,
+            memory: Memory::Private,
             vcpus: 1,
+            firmware: None,
             accel: vec!["tcg".into()],
             kernel: None,
             drives: Vec::new(),
@@ -501,6 +610,45 @@ mod tests {
         assert!(has("guest=a,,b"));
         assert!(has("socket,id=qmp0,path=/run/a,,b.sock,server=on,wait=off"));
         assert_eq!(args.last().expect("not empty"), "-S");
+    }
+
+    #[test]
+    fn a_variable_store_makes_the_firmware_flash() {
+        let mut spec = spec();
+        spec.firmware = Some(Firmware::Flash("/fw,1".into()));
+        spec.memory = Memory::Huge;
+        spec.drives = [
+            ("disk0", Bus::VirtioScsi),
+            ("disk1", Bus::VirtioScsi),
+            ("disk2", Bus::Flash),
+        ]
+        .map(|(name, bus)| Drive {
+            name: name.into(),
+            socket: "/s".into(),
+            export: name.into(),
+            reconnect_delay: 1,
+            read_only: false,
+            on_error: OnError::Stop,
+            bus,
+        })
+        .into();
+        let args = spec.args();
+        let args: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
+        let machine = "pc-q35-7.2,memory-backend=pc.ram,pflash0=firmware,pflash1=disk2";
+        assert!(args.contains(&machine), "{args:?}");
+        assert!(
+            args.iter()
+                .any(|arg| arg.contains("\"filename\":\"/fw,1\""))
+        );
+        assert!(
+            args.iter()
+                .any(|arg| arg.contains("\"hugetlbsize\":2097152"))
+        );
+        let of = |driver: &str| args.iter().filter(|arg| arg.contains(driver)).count();
+        assert_eq!(
+            (of("virtio-scsi-pci"), of("scsi-hd"), of("virtio-blk-pci")),
+            (1, 2, 0)
+        );
     }
 
     #[test]

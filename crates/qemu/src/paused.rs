@@ -197,6 +197,29 @@ pub(crate) async fn used_lengths(qmp: &Qmp) -> Result<Vec<(String, u64)>> {
     Ok(listed.into_iter().map(|l| (l.name, l.used)).collect())
 }
 
+/// The first RAM block of a QEMU, whose guest may run, that is not in pages of 4 KiB, and how large they are.
+pub(crate) async fn large_pages(qmp: &Qmp) -> Result<Option<(String, u64)>> {
+    let text = qmp.human("info ramblock").await?;
+    Ok(text.lines().skip(1).find_map(large))
+}
+
+/// `name  2 MiB  0x...`: the words before the first number in hexadecimal.
+fn large(line: &str) -> Option<(String, u64)> {
+    let (before, _) = line.split_once(" 0x")?;
+    let words: Vec<&str> = before.split_whitespace().collect();
+    let [name @ .., count, unit] = words.as_slice() else {
+        return None;
+    };
+    let unit = match *unit {
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    let size = count.parse::<u64>().ok()?.checked_mul(unit)?;
+    (size != UNIT).then(|| (name.join(" "), size))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,6 +278,14 @@ mod tests {
             }) => assert_eq!(name, "mem1"),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn memory_in_huge_pages_is_found() {
+        assert_eq!(LISTING.lines().skip(1).find_map(large), None);
+        let huge =
+            "  pc.ram    2 MiB  0x0000000000000000 0x000000000c000000 0x000000000c000000  rw";
+        assert_eq!(large(huge), Some(("pc.ram".into(), 2 << 20)));
     }
 
     #[test]

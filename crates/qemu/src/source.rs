@@ -45,6 +45,7 @@ pub use kept::release;
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -57,9 +58,10 @@ use whimbrel_engine::space::{Extent, UNIT};
 
 use crate::qmp::{Events, Qmp};
 use crate::settings::Settings;
+use crate::sink::wall_clock;
 use crate::store::RamStore;
-use crate::stream::StreamLayout;
 use crate::stream::return_path::ReturnMessage;
+use crate::stream::{StreamLayout, was_stopped};
 use crate::{Error, Result, SourceState};
 
 /// Shortest pause after a section of a later round.
@@ -117,8 +119,10 @@ pub struct Handover {
     pub device_state: Bytes,
     /// Per block: units whose copies sent before are worth nothing; their content is still to come.
     pub stale: Vec<UnitSet>,
-    /// QEMU's timestamp of the STOP, since the Unix epoch.
+    /// QEMU's timestamp of the STOP, since the Unix epoch; of a guest that stood still before, when the switch began.
     pub stopped_at_qemu: Duration,
+    /// Whether an operator had stopped the guest before: it is to stand still at the destination too.
+    pub stood: bool,
 }
 
 /// How far the reading has come.
@@ -181,8 +185,8 @@ pub struct RamSource {
     store: Arc<RamStore>,
     shared: Arc<Shared>,
     settings: Settings,
-    /// `query-status` before anything was done.
-    status_before: String,
+    /// The guest did not run when it was stopped for the switch.
+    stood: AtomicBool,
 }
 
 impl RamSource {
@@ -192,12 +196,12 @@ impl RamSource {
         qmp: Qmp,
         options: SourceOptions,
     ) -> Result<(RamSource, mpsc::Receiver<SourceEvent>)> {
-        let status_before = run_status(&qmp).await?;
         if !options.accept_lost_writes && loses_writes(&qmp).await? {
             return Err(Error::LosesWrites {
                 version: qmp.version(),
             });
         }
+        may_leave(&qmp).await?;
         let io = |what| {
             let path = options.socket.clone();
             move |source| Error::Io { what, path, source }
@@ -235,7 +239,7 @@ impl RamSource {
                     store,
                     shared,
                     settings,
-                    status_before,
+                    stood: AtomicBool::new(false),
                 },
                 events,
             )),
@@ -335,6 +339,7 @@ impl RamSource {
         self.shared.pace.hurry();
         let mut phase = self.shared.phase.subscribe();
         if *phase.borrow_and_update() == Phase::Copying {
+            self.note_one_that_stands().await?;
             kept::keep(&self.qmp, &self.shared.socket).await?;
             // QEMU refuses if it has stopped by itself in this moment: then the phase tells.
             match self.qmp.execute("migrate-start-postcopy", json!({})).await {
@@ -381,10 +386,24 @@ impl RamSource {
             self.drained().await?;
         }
         Ok(Handover {
+            stood: was_stopped(&taken.device_state),
             device_state: taken.device_state,
             stale: taken.stale,
             stopped_at_qemu,
         })
+    }
+
+    /// QEMU sends no STOP of a guest that somebody, or a disk's error, has stopped already.
+    async fn note_one_that_stands(&self) -> Result<()> {
+        let status = run_status(&self.qmp).await?;
+        if !matches!(
+            status.as_str(),
+            "running" | "finish-migrate" | "postmigrate"
+        ) {
+            self.stood.store(true, Ordering::Release);
+            self.shared.stopped_at.send_replace(Some(wall_clock()));
+        }
+        Ok(())
     }
 
     /// Whether the stop has happened and no unit of the extent is still to come: only then is what the
@@ -470,7 +489,8 @@ impl RamSource {
         let end = migration_over(&self.qmp).await?;
         kept::let_go(&self.qmp).await;
         let status = run_status(&self.qmp).await?;
-        if status != self.status_before {
+        // Somebody may have stopped the guest meanwhile, or let it go on: that is not this migration's to undo.
+        if matches!(status.as_str(), "finish-migrate" | "postmigrate") {
             return Err(self
                 .failure(format!("the migration ended {end}, the guest is {status}"))
                 .await);
@@ -478,17 +498,20 @@ impl RamSource {
         self.settings.restore(&self.qmp).await
     }
 
-    /// The way back: runs the guest here again. After [`drained`](Self::drained) only.
+    /// The way back: runs the guest here again, unless it had been stopped before. After
+    /// [`drained`](Self::drained) only.
     pub async fn resume_at_source(&self) -> Result<()> {
         if *self.shared.phase.borrow() != Phase::Drained {
             return Err(Error::Phase {
                 what: "resume at the source",
             });
         }
-        self.qmp.execute("cont", json!({})).await?;
-        let status = run_status(&self.qmp).await?;
-        if status != "running" {
-            return Err(self.failure(format!("the guest is {status}")).await);
+        if !self.stood.load(Ordering::Acquire) {
+            self.qmp.execute("cont", json!({})).await?;
+            let status = run_status(&self.qmp).await?;
+            if status != "running" {
+                return Err(self.failure(format!("the guest is {status}")).await);
+            }
         }
         self.settings.restore(&self.qmp).await
     }
@@ -550,6 +573,10 @@ async fn watch_qemu(
             ("STOP", _) => {
                 shared.stopped_at.send_replace(Some(event.at));
             }
+            // It was an operator's stop, and not the switch's.
+            ("RESUME", _) => {
+                shared.stopped_at.send_replace(None);
+            }
             ("MIGRATION_PASS", _) => {
                 if let Some(pass @ 2..) = event.data["pass"].as_u64() {
                     shared.pace.round(pass - 1, &events);
@@ -595,6 +622,34 @@ async fn loses_writes(qmp: &Qmp) -> Result<bool> {
     }
     let kvm = qmp.execute("query-kvm", json!({})).await?;
     Ok(kvm["enabled"] != true)
+}
+
+/// Whether this QEMU's guest can be moved at all, as far as QEMU itself goes; changes nothing.
+/// [`Error::LosesParts`] if it would be harmed.
+pub async fn may_leave(qmp: &Qmp) -> Result<()> {
+    match loses_parts(qmp).await? {
+        None => Ok(()),
+        Some(parts) => Err(Error::LosesParts {
+            version: qmp.version(),
+            parts,
+        }),
+    }
+}
+
+/// How many parts the guest's memory is in, if that is too many for this QEMU. Without KVM QEMU (10.0 was tried)
+/// looks for the processor's cached translations of a RAM block as if each block began at address 0: of a second
+/// block it keeps those by which the guest writes unseen, and of one longer than the first it dies.
+async fn loses_parts(qmp: &Qmp) -> Result<Option<usize>> {
+    let parts = match qmp.execute("query-memdev", json!({})).await {
+        Ok(parts) => parts.as_array().map_or(0, Vec::len),
+        Err(Error::Qmp { .. }) => 0,
+        Err(error) => return Err(error),
+    };
+    if parts < 2 {
+        return Ok(None);
+    }
+    let kvm = qmp.execute("query-kvm", json!({})).await?;
+    Ok((kvm["enabled"] != true).then_some(parts))
 }
 
 pub(crate) async fn run_status(qmp: &Qmp) -> Result<String> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use whimbrel_qemu::info::{PhysicalMap, info};
-use whimbrel_qemu::launch::{Drive, LaunchSpec, Nic, OnError, probe};
+use whimbrel_qemu::launch::{Bus, Drive, LaunchSpec, Memory, Nic, OnError, probe};
 use whimbrel_qemu::qmp::Qmp;
 
 /// An NBD server for one file, killed at the end.
@@ -41,6 +41,11 @@ impl Drop for Server {
 
 #[tokio::test]
 async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
+    launched_as_described(Memory::Private, Bus::VirtioBlk).await;
+    launched_as_described(Memory::Shared, Bus::VirtioScsi).await;
+}
+
+async fn launched_as_described(memory: Memory, bus: Bus) {
     let dir = tempfile::tempdir().expect("temporary directory");
     let socket = dir.path().join("disks, all.sock");
     let _server = Server::start(dir.path(), &socket, "vm 1/root");
@@ -56,6 +61,8 @@ async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
         memory_bytes: 5 << 30,
         vcpus: 2,
         accel: vec!["tcg".into()],
+        memory,
+        firmware: None,
         kernel: None,
         drives: vec![Drive {
             name: "disk0".into(),
@@ -64,6 +71,7 @@ async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
             reconnect_delay: 30,
             read_only: false,
             on_error: OnError::Stop,
+            bus,
         }],
         nics: vec![Nic {
             name: "nic0".into(),
@@ -88,6 +96,9 @@ async fn a_launched_qemu_has_the_disk_the_card_and_the_memory_of_its_spec() {
     assert_eq!(info.nbd[0].socket, socket);
     assert_eq!(info.nbd[0].export, "vm 1/root");
 
+    // Whatever it is made of, it has the same name.
+    let backing = qmp.execute("query-memdev", json!({})).await;
+    assert_eq!(backing.expect("told")[0]["share"], memory == Memory::Shared);
     let map = PhysicalMap::query(&qmp).await.expect("map");
     assert_eq!(map.find(1 << 20), Some(("pc.ram", 1 << 20)));
     assert_eq!(map.find(4 << 30), Some(("pc.ram", 2 << 30)));
@@ -116,7 +127,9 @@ async fn a_lifeline_is_found_again_by_who_knows_only_the_process() {
         machine: "q35".into(),
         cpu: "qemu64".into(),
         memory_bytes: 16 << 20,
+        memory: Memory::Private,
         vcpus: 1,
+        firmware: None,
         accel: vec!["tcg".into()],
         kernel: None,
         drives: Vec::new(),

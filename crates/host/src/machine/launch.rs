@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use whimbrel_qemu::info::{Info, info};
-use whimbrel_qemu::launch::{Drive, Kernel, LaunchSpec, Nic, OnError, Probe};
+use whimbrel_qemu::launch::{
+    Bus as DriveBus, Drive, Firmware, Kernel, LaunchSpec, Memory, Nic, OnError, Probe,
+};
 use whimbrel_qemu::qmp::Qmp;
 use whimbrel_qemu::source::release;
 
@@ -14,7 +16,9 @@ use super::{
 };
 use crate::config::Config;
 use crate::disk::Disk;
-use crate::state::{Accel, MachineSpec, OnDiskError, QemuProcess, Timestamp, start_ticks};
+use crate::state::{
+    Accel, Bus, MachineSpec, MemoryBacking, OnDiskError, QemuProcess, Timestamp, start_ticks,
+};
 
 /// Seconds for which QEMU holds a guest's disk requests while the daemon is away: an hour, after which
 /// they fail, and the machine's policy for disk errors pauses the guest or tells it.
@@ -170,22 +174,24 @@ fn launch_spec(
     incoming: bool,
 ) -> LaunchSpec {
     let (accel, cpu) = accel_and_cpu(spec);
-    let mut extra: Vec<std::ffi::OsString> = spec
-        .extra_args
-        .iter()
-        .map(std::ffi::OsString::from)
-        .collect();
-    if let Some(firmware) = &spec.firmware {
-        extra.push("-bios".into());
-        extra.push(firmware.into());
-    }
+    let in_flash = spec.disks.iter().any(|disk| disk.bus == Bus::Flash);
+    let firmware = spec.firmware.clone().map(|image| match in_flash {
+        true => Firmware::Flash(image),
+        false => Firmware::Bios(image),
+    });
     LaunchSpec {
         binary: config.qemu.clone(),
         name: spec.name.to_string(),
         machine: machine_type.to_string(),
         cpu,
         memory_bytes: spec.memory.bytes(),
+        memory: match spec.memory_backing {
+            MemoryBacking::Private => Memory::Private,
+            MemoryBacking::Shared => Memory::Shared,
+            MemoryBacking::Huge => Memory::Huge,
+        },
         vcpus: spec.vcpus,
+        firmware,
         accel,
         kernel: spec.kernel.as_ref().map(|image| Kernel {
             image: image.clone(),
@@ -207,6 +213,12 @@ fn launch_spec(
                     OnDiskError::Enospc => OnError::Enospc,
                     OnDiskError::Report => OnError::Report,
                 },
+                bus: match disk.bus {
+                    Bus::VirtioBlk => DriveBus::VirtioBlk,
+                    Bus::VirtioScsi => DriveBus::VirtioScsi,
+                    Bus::Ide => DriveBus::Ide,
+                    Bus::Flash => DriveBus::Flash,
+                },
             })
             .collect(),
         nics: spec
@@ -224,7 +236,11 @@ fn launch_spec(
         serial: Some(folder.join("serial.log")),
         qmp: vec![qmp_socket(folder)],
         incoming,
-        extra,
+        extra: spec
+            .extra_args
+            .iter()
+            .map(std::ffi::OsString::from)
+            .collect(),
     }
 }
 

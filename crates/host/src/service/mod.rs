@@ -17,6 +17,7 @@ use whimbrel_engine::switchover::Phase;
 use whimbrel_peer::hello::{Class, SessionId};
 use whimbrel_peer::invitation::InvitationId;
 use whimbrel_peer::trust::PeerName;
+use whimbrel_qemu::source::may_leave;
 use whimbrel_wire::message::RamMode as WireRam;
 
 use crate::api::types::*;
@@ -504,6 +505,11 @@ impl Service for Daemon {
         let safe = "the machine runs here as before; nothing was begun";
         let to = peers::destination(&self.host.trust, &request.to)
             .map_err(|error| error.machine_state(safe))?;
+        if let Err(error) = may_leave(&running.qmp).await {
+            return Err(ApiError::new(ErrorCode::Qemu, error.to_string())
+                .machine_state(safe)
+                .next_step("stop it and start it where it is to be, or run it with KVM"));
+        }
         let session = fresh_id()?;
         let dialler = self.dialler(to.clone(), session);
         // The first failure to reach the peer is the caller's to hear, with nothing begun.

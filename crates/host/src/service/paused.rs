@@ -1,7 +1,10 @@
-//! Guests that QEMU paused because a disk failed: why, and letting them go on.
+//! Guests that stand still, because a disk failed or somebody stopped them: why, and letting them go on.
 //!
-//! Nothing is lost by such a pause: QEMU keeps the request and makes it again when the guest goes on. If what
-//! failed it still does, the guest is paused again at once.
+//! Nothing is lost when QEMU pauses one because of a disk: it keeps the request and makes it again when the guest
+//! goes on. If what failed it still does, the guest is paused again at once.
+//!
+//! One that was stopped at a monitor stays so when it moves, and that monitor stays behind: so it can be let go on
+//! from here.
 
 use std::time::Duration;
 
@@ -15,6 +18,9 @@ use crate::state::Ownership;
 /// QEMU's word for a guest that it paused because of a disk.
 const IO_ERROR: &str = "io-error";
 
+/// QEMU's words for a guest that somebody stopped; the second once it did not leave by a move that was undone.
+const STOPPED: [&str; 2] = ["paused", "postmigrate"];
+
 /// How long a QEMU that is only looked at may take: one whose own thread waits for a page of its guest
 /// answers nothing until the page has come.
 const LOOK: Duration = Duration::from_secs(2);
@@ -25,10 +31,13 @@ pub async fn ask(running: &Running, question: &str) -> Option<Value> {
     tokio::time::timeout(LOOK, answer).await.ok()?.ok()
 }
 
-/// Which disks failed, and how; `None` unless that is why the guest is paused.
+/// Which disks failed, and how, or that somebody stopped it; `None` if neither is why the guest is paused.
 pub async fn reason(standing: &Standing) -> Option<String> {
     let running = standing.running.as_ref().filter(|r| !r.has_ended())?;
     let status = ask(running, "query-status").await?;
+    if status["status"] == STOPPED[0] {
+        return Some("stopped by hand, here or where it came from".to_string());
+    }
     if status["status"] != IO_ERROR {
         return None;
     }
@@ -65,7 +74,7 @@ fn failure(blocks: &Value, node: &str) -> Option<&'static str> {
 /// Lets the guest go on.
 ///
 /// # Errors
-/// `WrongState` for a machine that is not this host's to run, that does not run, or that no disk paused.
+/// `WrongState` for a machine that is not this host's to run, that does not run, or whose guest is not paused.
 pub async fn resume(standing: &Standing, migrating: bool) -> Result<(), ApiError> {
     let name = &standing.spec.name;
     let wrong = |what: String| Err(ApiError::new(ErrorCode::WrongState, what));
@@ -86,11 +95,10 @@ pub async fn resume(standing: &Standing, migrating: bool) -> Result<(), ApiError
         .execute("query-status", json!({}))
         .await
         .map_err(of)?;
-    // What paused it for another reason is whoever did it to undo.
-    if status["status"] != IO_ERROR {
-        let now = status["status"].as_str().unwrap_or("unknown");
+    let now = status["status"].as_str().unwrap_or("unknown");
+    if now != IO_ERROR && !STOPPED.contains(&now) {
         return wrong(format!(
-            "machine `{name}` was not paused by a disk's error: QEMU says `{now}`"
+            "machine `{name}` is not paused by a disk's error or by hand: QEMU says `{now}`"
         ));
     }
     running.qmp.execute("cont", json!({})).await.map_err(of)?;

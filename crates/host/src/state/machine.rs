@@ -1,5 +1,6 @@
 //! What a machine is (`machine.toml`, its owner's words) and what it does now (`runtime.toml`).
 
+use super::hardware::{Bus, MemoryBacking};
 use super::name::Name;
 use super::quantity::ByteSize;
 use super::timestamp::Timestamp;
@@ -73,6 +74,8 @@ impl SpecError {
 pub struct MachineSpec {
     pub name: Name,
     pub memory: ByteSize,
+    #[serde(default, skip_serializing_if = "MemoryBacking::is_default")]
+    pub memory_backing: MemoryBacking,
     #[serde(default = "one")]
     pub vcpus: u32,
     /// QEMU's machine type. An alias (`q35`) is resolved to the concrete version when the machine starts.
@@ -90,7 +93,7 @@ pub struct MachineSpec {
     /// The kernel's command line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub append: Option<String>,
-    /// A firmware image in place of QEMU's own.
+    /// A firmware image in place of QEMU's own; with a disk in flash it is flash too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub firmware: Option<PathBuf>,
     /// Further arguments for QEMU, as they are.
@@ -108,6 +111,8 @@ pub struct MachineSpec {
 #[serde(deny_unknown_fields)]
 pub struct DiskSpec {
     pub volume: Name,
+    #[serde(default, skip_serializing_if = "Bus::is_default")]
+    pub bus: Bus,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -315,6 +320,31 @@ impl MachineSpec {
                 );
             }
         }
+        let disks = self.disks.iter().enumerate();
+        let mut flash = disks.filter(|(_, disk)| disk.bus == Bus::Flash);
+        if let Some((i, _)) = flash.next()
+            && self.firmware.is_none()
+        {
+            return invalid(
+                format!("[[disk]] {}", i + 1),
+                "flash holds the variables of a UEFI firmware, and no `firmware` is given"
+                    .to_string(),
+            );
+        }
+        if let Some((i, _)) = flash.next() {
+            return invalid(
+                format!("[[disk]] {}", i + 1),
+                "a machine has one disk in flash at most".to_string(),
+            );
+        }
+        if let Some(arg) = self.extra_args.iter().find(|a| backs_memory(a))
+            && !self.memory_backing.is_default()
+        {
+            return invalid(
+                "memory_backing".to_string(),
+                format!("`{arg}` in `extra_args` gives the memory another backing"),
+            );
+        }
         let mut macs = BTreeMap::new();
         for (i, mac) in self
             .nics
@@ -360,6 +390,11 @@ fn is_word(text: &str) -> bool {
         && text
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+'))
+}
+
+/// Whether nodes bring memory of their own.
+fn backs_memory(arg: &str) -> bool {
+    arg.starts_with("node,") && arg.contains("memdev=")
 }
 
 /// QEMU takes `--m` for `-m`.
@@ -482,6 +517,43 @@ mod tests {
             "{SMALL}[[disk]]\nvolume = \"a\"\n[[disk]]\nvolume = \"a\"\n"
         ));
         assert_eq!(text, "[[disk]] 2: volume `a` is already disk 1");
+    }
+
+    #[test]
+    fn flash_needs_a_firmware_and_is_one() {
+        let flash = "[[disk]]\nvolume = \"VOL\"\nbus = \"flash\"\n";
+        let (a, b) = (flash.replace("VOL", "a"), flash.replace("VOL", "b"));
+        let text = error(&format!("{SMALL}{a}"));
+        assert!(
+            text.starts_with("[[disk]] 1: ") && text.contains("`firmware`"),
+            "{text}"
+        );
+        let firmware = "firmware = \"/OVMF_CODE.fd\"\n";
+        assert!(spec(&format!("{SMALL}{firmware}{a}")).is_ok());
+        let text = error(&format!("{SMALL}{firmware}{a}{b}"));
+        assert!(text.starts_with("[[disk]] 2: "), "{text}");
+    }
+
+    #[test]
+    fn what_is_not_chosen_is_not_written_down() {
+        let disk = "[[disk]]\nvolume = \"a\"\n";
+        let written = toml::to_string(&spec(&format!("{SMALL}{disk}")).unwrap()).unwrap();
+        assert!(
+            !written.contains("bus") && !written.contains("backing"),
+            "{written}"
+        );
+        let chosen = format!("{SMALL}memory_backing = \"huge\"\n{disk}bus = \"virtio-scsi\"\n");
+        let chosen = spec(&chosen).unwrap();
+        assert_eq!(chosen.memory_backing, MemoryBacking::Huge);
+        assert_eq!(chosen.disks[0].bus, Bus::VirtioScsi);
+    }
+
+    #[test]
+    fn memory_has_one_backing() {
+        let nodes = "extra_args = [\"-numa\", \"node,memdev=m0\"]\n";
+        assert!(spec(&format!("{SMALL}{nodes}")).is_ok());
+        let text = error(&format!("{SMALL}memory_backing = \"shared\"\n{nodes}"));
+        assert!(text.starts_with("memory_backing: "), "{text}");
     }
 
     #[test]

@@ -21,6 +21,7 @@
 mod durable;
 mod error;
 mod folder;
+mod hardware;
 mod host;
 mod latency;
 mod lock;
@@ -40,6 +41,7 @@ mod tests;
 
 pub use error::{RecordKind, StateError};
 pub use folder::{FORMAT, Listing, StateDir};
+pub use hardware::{Bus, MemoryBacking};
 pub use host::{HostRecord, default_host_name};
 pub use latency::{LatencyBound, LatencyError};
 pub use lock::StateLock;

@@ -4,6 +4,7 @@ mod cap;
 mod chaos;
 mod codec;
 mod guard;
+mod guests;
 mod kills;
 mod link;
 mod nbd;
@@ -24,6 +25,8 @@ pub enum Bench {
     Soak(soak::SoakArgs),
     /// A guest beside its own copies on a disk too slow for both
     Guard(guard::GuardArgs),
+    /// Machines as people have them, each moved there and back: devices, memory, what guests do meanwhile
+    Guests(guests::GuestsArgs),
     /// Daemons killed under `fio --verify` while a volume is relocated; nothing may be lost
     Kills(kills::KillsArgs),
     /// What push makes of links of all kinds, and what demands wait beside it
@@ -51,6 +54,7 @@ impl Bench {
         match self {
             Bench::Soak(args) => soak::run(args),
             Bench::Guard(args) => guard::run(args),
+            Bench::Guests(args) => guests::run(args),
             Bench::Kills(args) => kills::run(args),
             Bench::Link(args) => link::run(args),
             Bench::Codec(args) => codec::run(args),

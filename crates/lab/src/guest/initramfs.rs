@@ -11,8 +11,17 @@ use xxhash_rust::xxh3::xxh3_128;
 
 const BUSYBOX: &str = "/bin/busybox";
 
-/// Virtio disk and network, and ext4 where it is not built in.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "ext4"];
+/// Disks, network and balloon, and ext4 where it is not built in.
+const MODULES: [&str; 8] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_scsi",
+    "ata_piix",
+    "sd_mod",
+    "virtio_balloon",
+    "ext4",
+];
 
 /// Builds the initramfs into `cache` unless it is there; its path.
 pub fn build(kernel: &Kernel, cache: &Path) -> Result<PathBuf, GuestError> {

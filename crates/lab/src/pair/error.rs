@@ -60,6 +60,8 @@ pub enum PairError {
     },
     #[error("`{program}`: {said}")]
     Helper { program: &'static str, said: String },
+    #[error("QEMU's monitor, asked for `{command}`: {said}")]
+    Monitor { command: String, said: String },
     #[error("the migration ended before {awaited}: {end}")]
     EndedEarly { awaited: &'static str, end: String },
 }

@@ -38,6 +38,19 @@ pub struct GuestSpec {
     pub params: Params,
     /// QEMU's machine type; `q35` without one.
     pub machine_type: Option<String>,
+    pub vcpus: u32,
+    /// How its disks are attached, in the description's words; the default without one.
+    pub bus: Option<String>,
+    /// A volume in flash, for a UEFI firmware's variables.
+    pub flash: Option<String>,
+    /// Network cards beside its own, which the guest leaves alone.
+    pub more_nics: u32,
+    /// Whether the guest may reboot; otherwise its machine ends with the first reset.
+    pub reboots: bool,
+    /// Further arguments for QEMU.
+    pub extra_args: Vec<String>,
+    /// Further lines of the description.
+    pub lines: Vec<String>,
 }
 
 impl GuestSpec {
@@ -55,6 +68,13 @@ impl GuestSpec {
             on_disk_error: None,
             params,
             machine_type: None,
+            vcpus: 1,
+            bus: None,
+            flash: None,
+            more_nics: 0,
+            reboots: false,
+            extra_args: Vec::new(),
+            lines: Vec::new(),
         }
     }
 
@@ -175,17 +195,30 @@ impl Guest {
             Some(word) => format!("on_disk_error = {word:?}\n"),
             None => String::new(),
         };
-        let more: String = self
-            .spec
-            .more_volumes
-            .iter()
-            .map(|volume| format!("[[disk]]\nvolume = {volume:?}\n\n"))
+        let bus = match &self.spec.bus {
+            Some(word) => format!("bus = {word:?}\n"),
+            None => String::new(),
+        };
+        let disks: String = std::iter::once(name)
+            .chain(&self.spec.more_volumes)
+            .map(|volume| format!("[[disk]]\nvolume = {volume:?}\n{bus}\n"))
             .collect();
+        let flash = match &self.spec.flash {
+            Some(volume) => format!("[[disk]]\nvolume = {volume:?}\nbus = \"flash\"\n\n"),
+            None => String::new(),
+        };
+        let nic = format!("[[nic]]\nnetwork = \"{NETWORK}\"\n\n");
+        let nics = nic.repeat(1 + self.spec.more_nics as usize);
+        let mut extra = self.spec.extra_args.clone();
+        if !self.spec.reboots {
+            extra.push("-no-reboot".to_owned());
+        }
+        let lines: String = self.spec.lines.iter().map(|l| format!("{l}\n")).collect();
         format!(
-            "name = {name:?}\nmemory = \"{memory_mib}MiB\"\naccel = \"tcg\"\n{machine_type}\
-             kernel = {:?}\ninitrd = {:?}\nappend = {append:?}\nextra_args = [\"-no-reboot\"]\n{on_disk_error}\n\
-             [[disk]]\nvolume = {name:?}\n\n{more}[[nic]]\nnetwork = \"{NETWORK}\"\n",
-            self.boot.kernel, self.boot.initramfs,
+            "name = {name:?}\nmemory = \"{memory_mib}MiB\"\nvcpus = {}\naccel = \"tcg\"\n{machine_type}\
+             kernel = {:?}\ninitrd = {:?}\nappend = {append:?}\nextra_args = {extra:?}\n{on_disk_error}{lines}\n\
+             {disks}{flash}{nics}",
+            self.spec.vcpus, self.boot.kernel, self.boot.initramfs,
         )
     }
 

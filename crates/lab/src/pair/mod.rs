@@ -18,6 +18,7 @@ pub(crate) mod folder;
 mod follow;
 mod guest;
 pub mod journey;
+mod monitor;
 pub mod rates;
 mod site;
 
@@ -26,6 +27,7 @@ pub use error::PairError;
 pub use folder::Folder;
 pub use follow::{Ended, Follow, Seen};
 pub use guest::{Guest, GuestSpec, Verdict};
+pub use monitor::Monitor;
 pub use site::{Site, SiteSpec, qemus_in};
 
 use crate::net::{Host, Lab, LabSpec};

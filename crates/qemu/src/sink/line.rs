@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -25,6 +26,8 @@ const QUEUE: usize = 16;
 pub(super) const PIECE: u64 = 256 << 10;
 /// Most bytes gathered into one write.
 const BATCH: usize = 1 << 20;
+/// Between two questions whether it is loaded. One that waits for a page answers when the page has come.
+const POLL: Duration = Duration::from_millis(5);
 /// Time QEMU gets for what takes it milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -119,16 +122,24 @@ impl Line {
         }
     }
 
-    /// Finds out, in the background since QEMU may not answer before pages have come, whether the guest
-    /// runs already: then no RESUME event will tell.
-    pub(super) fn ask_whether_it_runs(&self) {
+    /// Finds out, in the background since QEMU may not answer before pages have come, when the machine is loaded:
+    /// no RESUME event tells of a guest that runs already, or that stands still. `cont`: it is to go on then.
+    pub(super) fn ask_until_loaded(&self, cont: bool) {
         let (qmp, state) = (self.qmp.clone(), self.state.clone());
         let asking = async move {
-            if run_status(&qmp).await.is_ok_and(|s| s != "inmigrate") {
-                state.send_modify(|s| {
-                    s.resumed.get_or_insert_with(wall_clock);
-                });
+            loop {
+                match run_status(&qmp).await {
+                    Ok(status) if status == "inmigrate" => tokio::time::sleep(POLL).await,
+                    Ok(_) => break,
+                    Err(_) => return,
+                }
             }
+            if cont && let Err(error) = qmp.execute("cont", json!({})).await {
+                return fail(&state, error.to_string());
+            }
+            state.send_modify(|s| {
+                s.resumed.get_or_insert_with(wall_clock);
+            });
         };
         let alive = self.alive.child_token();
         tokio::spawn(alive.run_until_cancelled_owned(asking));

@@ -25,6 +25,7 @@ pub use postcopy::{PostcopySink, Request};
 pub use precopy::PrecopySink;
 pub use state::{DestinationState, destination_state};
 
+use crate::paused::large_pages;
 use crate::qmp::Qmp;
 use crate::settings::Settings;
 use crate::{Error, Result};
@@ -38,8 +39,12 @@ pub struct Switched {
 }
 
 /// Whether the destination QEMU may run a post-copy on this host: asked by switching its capability
-/// on and off again. [`Error::NoPostcopy`] carries QEMU's own words (userfaultfd not permitted).
+/// on and off again. [`Error::NoPostcopy`] carries QEMU's own words (userfaultfd not permitted);
+/// [`Error::PageSize`] is of memory in huge pages, which could only be placed whole.
 pub async fn postcopy_possible(qmp: &Qmp) -> Result<()> {
+    if let Some((name, page_size)) = large_pages(qmp).await? {
+        return Err(Error::PageSize { name, page_size });
+    }
     match Settings::change(qmp, &["postcopy-ram"], &[]).await {
         Ok(settings) => settings.restore(qmp).await,
         Err(Error::Qmp { command, desc, .. }) if command == "migrate-set-capabilities" => {
@@ -58,7 +63,7 @@ async fn listen(qmp: &Qmp, socket: &std::path::Path) -> Result<()> {
 }
 
 /// Time of day since the Unix epoch, to stand beside QEMU's timestamps.
-fn wall_clock() -> Duration {
+pub(crate) fn wall_clock() -> Duration {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap_or_default()

@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::{Extent, UNIT};
@@ -21,7 +22,7 @@ use super::line::{Line, Op, PIECE};
 use super::{Switched, listen};
 use crate::qmp::Qmp;
 use crate::settings::Settings;
-use crate::stream::{MAX_DEVICE_STATE, StreamLayout, writer};
+use crate::stream::{MAX_DEVICE_STATE, StreamLayout, was_stopped, writer};
 use crate::{Error, Result};
 
 /// A demand: QEMU waits for these units of that block.
@@ -163,12 +164,20 @@ impl PostcopySink {
     /// LISTEN before and RUN after it. Returns once that is written; demands come from then on, the
     /// first of them before the guest runs (devices read their rings), so nobody may wait for
     /// [`resumed`](Self::resumed) before serving demands. `stale` has one set per block.
+    ///
+    /// A guest that an operator had stopped stands still here too; [`resumed`](Self::resumed) then gives when its
+    /// devices were loaded.
     pub async fn run(&self, device_state: &[u8], stale: &[UnitSet]) -> Result<Switched> {
         if device_state.len() > MAX_DEVICE_STATE {
             return Err(Error::DeviceStateTooBig {
                 len: device_state.len(),
                 limit: MAX_DEVICE_STATE,
             });
+        }
+        let stands = was_stopped(device_state);
+        if stands {
+            // To a QEMU that waits for a machine: do not run it. RUN would, whatever the state says.
+            self.line.qmp.execute("stop", json!({})).await?;
         }
         let room = self.line.room().await?;
         let (done, written) = oneshot::channel();
@@ -202,6 +211,9 @@ impl PostcopySink {
             room.send(Op::Sections(out, done));
         }
         let written = self.line.written(written).await?;
+        if stands {
+            self.line.ask_until_loaded(false);
+        }
         Ok(Switched { written })
     }
 

@@ -13,7 +13,7 @@ use super::line::{Line, Op, PIECE};
 use super::{Switched, listen};
 use crate::qmp::Qmp;
 use crate::settings::Settings;
-use crate::stream::{StreamLayout, writer};
+use crate::stream::{StreamLayout, was_stopped, was_stopped_by_disk, writer};
 use crate::{Error, Result};
 
 /// A destination QEMU that runs once all its memory is there.
@@ -29,6 +29,12 @@ impl PrecopySink {
     /// Prepares a QEMU started with `-incoming defer`.
     pub async fn start(qmp: &Qmp, socket: &Path, layout: &StreamLayout) -> Result<PrecopySink> {
         layout.check()?;
+        // Only a post-copy's stream tells how large the pages are; here QEMU takes any content in 4 KiB.
+        let mut layout = layout.clone();
+        for block in &mut layout.blocks {
+            block.page_size = UNIT;
+        }
+        let layout = &layout;
         let settings = Settings::change(qmp, &["events"], &[]).await?;
         listen(qmp, socket).await?;
         // No return path is opened, so there are no requests; the channel closes by itself.
@@ -92,6 +98,9 @@ impl PrecopySink {
     /// Gives QEMU the device state and the end of the stream; it runs the guest once it has loaded
     /// both. Every unit must have been placed ([`Error::Incomplete`]), and with its newest content:
     /// that is for the caller to know.
+    ///
+    /// A guest that an operator had stopped stands still here too; [`resumed`](Self::resumed) then gives when all
+    /// was loaded.
     pub async fn run(&self, device_state: &[u8]) -> Result<Switched> {
         let missing = self.missing_units();
         if missing > 0 {
@@ -102,6 +111,12 @@ impl PrecopySink {
         out.extend(device_state);
         writer::eof_described(&mut out);
         let written = self.line.end(out).await?;
+        if was_stopped(device_state) {
+            self.line.ask_until_loaded(false);
+        } else if was_stopped_by_disk(device_state) {
+            // QEMU would leave it so, and its disks are others here.
+            self.line.ask_until_loaded(true);
+        }
         Ok(Switched { written })
     }
 

@@ -81,7 +81,7 @@ impl PostcopySink {
             within(PATIENCE, "the destination's recovery", taken.talk(layout)).await??;
         let (requests, receiver) = mpsc::channel(REQUESTS);
         let line = Line::on(qmp, taken.stream, layout, requests, kept, State::default());
-        line.ask_whether_it_runs();
+        line.ask_until_loaded(false);
         // What they were before died with the one who changed them.
         let settings = Settings::forgotten(&["events", "postcopy-ram"]);
         let sink = PostcopySink::running(line, received.clone(), settings);

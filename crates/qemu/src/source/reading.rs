@@ -195,12 +195,6 @@ impl Reading {
     }
 
     fn open(&mut self, layout: StreamLayout) -> Result<()> {
-        if let Some(block) = layout.blocks.iter().find(|b| b.page_size != UNIT) {
-            return Err(Error::PageSize {
-                name: block.name.clone(),
-                page_size: block.page_size,
-            });
-        }
         let store = Arc::new(RamStore::new(&layout.blocks)?);
         self.total_units = layout.total_bytes() / UNIT;
         self.store = Some(store.clone());

@@ -27,12 +27,14 @@
 
 pub mod reader;
 pub mod return_path;
+mod run_state;
 pub mod writer;
 
 use serde::{Deserialize, Serialize};
 use whimbrel_engine::space::{Extent, UNIT};
 
 pub use return_path::ReturnError;
+pub use run_state::{was_stopped, was_stopped_by_disk};
 
 pub(crate) const MAGIC: u32 = 0x5145_564d;
 pub(crate) const VERSION: u32 = 3;

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use whimbrel_qemu::launch::{Kernel, LaunchSpec, Launched};
+use whimbrel_qemu::launch::{Kernel, LaunchSpec, Launched, Memory};
 use whimbrel_qemu::qmp::Qmp;
 
 /// Modules of the kernel, each after those it needs.
@@ -190,7 +190,9 @@ impl Guest {
             machine: std::env::var("WHIMBREL_TEST_MACHINE").unwrap_or("q35".into()),
             cpu: "qemu64".into(),
             memory_bytes: 192 << 20,
+            memory: Memory::Private,
             vcpus: 1,
+            firmware: None,
             accel: vec!["tcg".into()],
             kernel: Some(Kernel {
                 image: kernel(),

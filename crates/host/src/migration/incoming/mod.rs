@@ -25,7 +25,7 @@ use whimbrel_engine::space::{SpaceId, SpaceKind, UNIT};
 use whimbrel_engine::switchover::{
     Action, Destination, DestinationEvent, Epoch, Phase, Record, Say,
 };
-use whimbrel_qemu::stream::StreamLayout;
+use whimbrel_qemu::stream::{StreamLayout, was_stopped};
 use whimbrel_volume::backend::Backend;
 use whimbrel_wire::message::{
     Grant, MAX_DEVICE_STATE, Message, Prepare, RamMode, unpack, unpack_heat,
@@ -461,6 +461,7 @@ impl Incoming {
         let mut events = std::mem::replace(&mut self.setup.link.events, nothing);
         let mut kept = VecDeque::new();
         let epoch = self.switch.epoch();
+        let stands = self.state.as_ref().is_some_and(|state| was_stopped(state));
         let outcome = {
             let outcome = self.try_run_guest();
             tokio::pin!(outcome);
@@ -479,7 +480,7 @@ impl Incoming {
         };
         self.setup.link.events = events;
         match outcome {
-            Some(outcome) => self.guest_loaded(outcome).await,
+            Some(outcome) => self.guest_loaded(outcome, stands).await,
             None => self.event(DestinationEvent::Heard(Say::GiveBack { epoch })),
         }
         for event in kept {
@@ -487,14 +488,17 @@ impl Incoming {
         }
     }
 
-    async fn guest_loaded(&mut self, outcome: Result<Duration, String>) {
+    async fn guest_loaded(&mut self, outcome: Result<Duration, String>, stands: bool) {
         match outcome {
             Ok(at) => {
                 self.resumed_at = Some(at);
                 self.setup.board.mark(Happened::Ran);
                 self.say_ran(at).await;
                 self.event(DestinationEvent::Running);
-                self.setup.board.tell("the guest runs here");
+                self.setup.board.tell(match stands {
+                    true => "the guest is here, stopped as it was at its source",
+                    false => "the guest runs here",
+                });
                 self.settle().await;
             }
             Err(why) => {

@@ -87,9 +87,13 @@ impl Incoming {
                 (Ok(()), _) => RamMode::Postcopy,
                 (Err(error), RamMode::Postcopy) => {
                     self.running = Some(running);
-                    return Err(format!(
-                        "{error}; let the daemon run as root, set vm.unprivileged_userfaultfd=1, or ask for `--ram precopy`"
-                    ));
+                    let way = match error {
+                        whimbrel_qemu::Error::PageSize { .. } => "ask for `--ram precopy`",
+                        _ => {
+                            "let the daemon run as root, set vm.unprivileged_userfaultfd=1, or ask for `--ram precopy`"
+                        }
+                    };
+                    return Err(format!("{error}; {way}"));
                 }
                 (Err(error), _) => {
                     self.refusal = Some(format!("RAM goes by pre-copy: {error}"));

@@ -10,11 +10,26 @@ use crate::disk::Mode;
 use crate::migration::report;
 use crate::state::Ownership;
 
+/// The machine's state when its guest has ended meanwhile.
+const ENDED: &str = "it is this host's, and does not run";
+
+/// Whether it tells of a QEMU that is no more: its monitor closes a little before its process has ended.
+fn says_gone(error: &whimbrel_qemu::Error) -> bool {
+    use whimbrel_qemu::{Error, SourceState};
+    let state = match error {
+        Error::Source { state, .. } => Some(*state),
+        _ => None,
+    };
+    state == Some(SourceState::Gone) || matches!(error, Error::Disconnected { .. })
+}
+
 impl Outgoing {
     /// The guest stays, or comes back: everything that was done to it is undone.
     pub(super) async fn keep_guest(&mut self, epoch: Epoch) {
         self.tasks.clear();
         let stopped = self.handover.is_some();
+        let process = self.setup.runtime.process.as_ref();
+        let mut has_ended = !self.taken_up && process.is_some_and(|p| !p.is_alive());
         for disk in &self.setup.disks {
             disk.set_mode(Mode::Open).await;
         }
@@ -27,9 +42,18 @@ impl Outgoing {
             } else {
                 ram.cancel().await
             };
-            if let Err(error) = result {
-                self.not_resumed(&error);
+            match result {
+                Err(error) if says_gone(&error) => has_ended = true,
+                Err(error) if !has_ended => self.not_resumed(&error),
+                _ => {}
             }
+        }
+        if has_ended {
+            let what = "the guest shut down, or its QEMU died, before the machine had moved";
+            let error = ApiError::new(ErrorCode::Qemu, what).machine_state(ENDED);
+            self.failure = Some(error.next_step(
+                "if nobody shut it down, look at its qemu.log; start it again and migrate",
+            ));
         }
         if self.taken_up
             && let Some(qmp) = &self.setup.qmp
@@ -106,7 +130,10 @@ impl Outgoing {
         }
         let needs_operator = self.board().view().state == MigrationState::NeedsOperator;
         if let Some(error) = error {
-            let mut error = error.machine_state("the machine runs here as before");
+            let mut error = match error.machine_state {
+                Some(_) => error,
+                None => error.machine_state("the machine runs here as before"),
+            };
             error
                 .next_step
                 .get_or_insert_with(|| "put right what the message names and migrate again".into());

@@ -445,7 +445,11 @@ impl Outgoing {
         let then = Instant::now().checked_sub(half);
         let then = then.unwrap_or_else(Instant::now);
         self.setup.board.mark_at(then, Happened::Ran);
-        if let Some(stopped) = self.stopped {
+        if self.handover.as_ref().is_some_and(|h| h.stood) {
+            self.setup
+                .board
+                .tell("the guest is at the destination, stopped as it was here");
+        } else if let Some(stopped) = self.stopped {
             let blackout = stopped.elapsed().saturating_sub(half);
             self.blackout = Some(blackout);
             let ms = blackout.as_secs_f64() * 1e3;

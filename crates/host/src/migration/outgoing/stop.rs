@@ -56,7 +56,8 @@ impl Outgoing {
             }
         };
         self.stopped = Some(Instant::now());
-        self.stopped_at = Some(handover.stopped_at_qemu);
+        // Who stood still before has no blackout.
+        self.stopped_at = (!handover.stood).then_some(handover.stopped_at_qemu);
         self.setup.board.mark(Happened::Stopped);
         let _ = self.setup.ram_changes.send(false);
         for disk in &self.setup.disks {
