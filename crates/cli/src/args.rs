@@ -5,7 +5,7 @@ mod report;
 pub use report::Report;
 
 use crate::snapshot::args::SnapshotCommand;
-use crate::trace_args::TraceCommand;
+use crate::trace::args::TraceCommand;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::net::SocketAddr;
@@ -120,9 +120,9 @@ pub enum Command {
         /// Such as 80Mbit or 10MiB/s; `unlimited` for no limit
         rate: RateLimit,
     },
-    /// Traces of disks: what a guest read and wrote, as this and other tools recorded it
+    /// Traces of disks: what a guest asked of one, recorded here or by other tools, shown and replayed
     ///
-    /// Works on files alone; no daemon is needed.
+    /// Only `record` asks the daemon; all else works on files.
     #[command(subcommand)]
     Trace(TraceCommand),
     /// Write a shell's completions to standard output

@@ -48,6 +48,10 @@ pub enum CliError {
     },
     #[error("cannot take the trace {}: {source}", path.display())]
     Trace { path: PathBuf, source: TraceError },
+    #[error("{errors} of {requests} requests failed")]
+    ReplayErrors { errors: u64, requests: u64 },
+    #[error("the recording of {volume} is being ended, and was not waited for")]
+    LeftRecording { volume: Name },
     #[error("{}", settled(.0))]
     Migration(Box<MigrationView>),
     #[error("several machines migrate: {}", .0.iter().map(Name::as_str).collect::<Vec<_>>().join(", "))]
@@ -116,6 +120,8 @@ impl CliError {
             | CliError::File { .. }
             | CliError::NoReport { .. }
             | CliError::Trace { .. }
+            | CliError::ReplayErrors { .. }
+            | CliError::LeftRecording { .. }
             | CliError::Broken { .. }
             | CliError::StateBroken { .. }
             | CliError::RepositoryDamaged { .. }
@@ -163,6 +169,12 @@ impl CliError {
                 .at(Some(path.display().to_string()))
                 .machine_state("nothing was changed")
                 .next_step("name another file, or see that this one may be used"),
+            CliError::ReplayErrors { .. } => told(ErrorCode::Io)
+                .machine_state("the other requests were done")
+                .next_step("look into the server's log"),
+            CliError::LeftRecording { .. } => told(ErrorCode::Io)
+                .machine_state("the daemon finishes the trace; the machine is as it was")
+                .next_step("look at the trace with `whimbrel trace show`"),
             CliError::Trace { path, source } => told(match source {
                 TraceError::Io(_) => ErrorCode::Io,
                 _ => ErrorCode::Invalid,
@@ -170,6 +182,7 @@ impl CliError {
             .at(Some(path.display().to_string()))
             .machine_state("nothing was changed")
             .next_step(match source {
+                TraceError::Magic => "if it is another tool's record, make a trace of it with `trace import`",
                 TraceError::Unknown { .. } => "say what it is with `trace import --format`",
                 TraceError::SeveralDevices { .. } => "name one of them with --device",
                 TraceError::Empty { device: Some(_) } => "see how the record names its disks",

@@ -22,8 +22,6 @@ mod report;
 mod show;
 mod snapshot;
 mod trace;
-mod trace_args;
-mod trace_svg;
 mod volume;
 
 use args::{Cli, Command, HostCommand};
@@ -70,7 +68,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
             return Ok(());
         }
         Command::Man { dir } => return manual::pages(&dir),
-        Command::Trace(command) => return trace::trace(command, cli.global.json),
+        Command::Trace(command) if !command.asks_daemon() => {
+            return trace::trace(command, cli.global.json);
+        }
         _ => {}
     }
     let mut context = Context::new(cli.global)?;
@@ -105,9 +105,10 @@ async fn ask(context: &Context, command: Command) -> Result<(), CliError> {
             take_back,
             lost,
         } => recovery::recover(context, machine, take_back, lost).await,
+        Command::Trace(command) => trace::record::record(context, command).await,
         Command::Fsck { dir } => fsck::fsck(context, dir).await,
         Command::Throttle { machine, rate } => migration::throttle(context, machine, rate).await,
         // Done before, without a configuration or a runtime.
-        Command::Completions { .. } | Command::Man { .. } | Command::Trace(_) => Ok(()),
+        Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
 }

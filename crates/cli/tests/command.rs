@@ -6,6 +6,8 @@ mod authority;
 mod hosts;
 #[path = "command/joining.rs"]
 mod joining;
+#[path = "command/replays.rs"]
+mod replays;
 #[path = "command/reports.rs"]
 mod reports;
 #[path = "command/traces.rs"]

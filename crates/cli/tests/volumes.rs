@@ -462,5 +462,7 @@ fn a_tebibyte_is_shown_at_once() {
     assert!(kib < (64 + 2 * 40) * 1024);
 }
 
+#[path = "volumes/recordings.rs"]
+mod recordings;
 #[path = "volumes/snapshots.rs"]
 mod snapshots;

@@ -161,6 +161,8 @@ pub struct ReadParams {
     pub pace: Pace,
     /// Seconds between two drops of the page cache; 0: never.
     pub drop_s: u32,
+    /// Zipf's exponent, 0.01 to 0.999, by which the next file is chosen; 0: each in turn.
+    pub zipf: f64,
 }
 
 impl Default for Params {
@@ -205,6 +207,7 @@ impl Default for Params {
             read: ReadParams {
                 pace: Pace::PerSecond(2048),
                 drop_s: 30,
+                zipf: 0.0,
             },
         }
     }
@@ -304,6 +307,13 @@ impl Params {
             "random.sync" => self.random.sync_every = at_least(1, key, value)?,
             "random.verify" => self.random.verify_percent = at_least(0, key, value)?.min(100),
             "read.pace" => self.read.pace = pace(key, value)?,
+            "read.zipf" => {
+                let theta: f64 = number(key, value, "a number")?;
+                if theta != 0.0 && !(0.01..=0.999).contains(&theta) {
+                    return Err(unfit(key, value, "0, or between 0.01 and 0.999"));
+                }
+                self.read.zipf = theta;
+            }
             "read.drop_s" => self.read.drop_s = at_least(0, key, value)?,
             _ => {
                 return Err(Error::UnknownParam {
@@ -356,6 +366,7 @@ impl Params {
             ("random.sync", self.random.sync_every.to_string()),
             ("random.verify", self.random.verify_percent.to_string()),
             ("read.pace", self.read.pace.to_string()),
+            ("read.zipf", self.read.zipf.to_string()),
             ("read.drop_s", self.read.drop_s.to_string()),
         ]);
         let words: Vec<String> = words
@@ -417,6 +428,7 @@ mod tests {
         params.ram.pace = Pace::Max;
         params.log.pace = Pace::PerSecond(7);
         params.random.direct = false;
+        params.read.zipf = 0.9;
         params.stream_port = 7100;
         let cmdline = format!("console=ttyS0 quiet {} panic=-1", params.to_cmdline());
         assert_eq!(Params::parse(&cmdline).expect("own words"), params);

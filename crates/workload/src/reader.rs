@@ -1,4 +1,4 @@
-//! The file reader: the manifest's files in a random order, each against its checksum.
+//! The file reader: the manifest's files in a random order, or by Zipf, each against its checksum.
 
 use crate::gate::{Gate, Shared};
 use std::fs::File;
@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
-use whimbrel_workload::chance::Rng;
+use whimbrel_workload::chance::{Rng, Zipf};
 use whimbrel_workload::manifest::{ContentHash, FILES_DIR, FileEntry, MANIFEST_PATH, Manifest};
 use whimbrel_workload::report::{Fault, Operation, Workload};
 
@@ -50,9 +50,18 @@ fn passes(shared: &Shared, manifest: Manifest, may_drop: bool) {
     let mut gate = Gate::new(shared, Workload::Read);
     let mut files = manifest.files;
     let mut dropped = Instant::now();
+    let theta = shared.params.read.zipf;
+    let zipf = (theta > 0.0).then(|| Zipf::new(files.len() as u64, theta));
+    let mut is_mixed = false;
     loop {
-        rng.shuffle(&mut files);
-        for entry in &files {
+        // By Zipf once, so that the ranks are scattered and stay.
+        if zipf.is_none() || !is_mixed {
+            rng.shuffle(&mut files);
+            is_mixed = true;
+        }
+        for turn in 0..files.len() {
+            let chosen = zipf.as_ref().map(|zipf| zipf.rank(&mut rng) as usize);
+            let entry = &files[chosen.unwrap_or(turn)];
             // Also when every file is empty, so that no pass goes without a turn.
             if !gate.pass(0) {
                 return;

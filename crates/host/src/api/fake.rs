@@ -449,6 +449,34 @@ impl Service for FakeService {
         self.known(name.as_str(), "root", sample_volume())
     }
 
+    async fn record_trace(
+        &self,
+        name: Name,
+        request: RecordTrace,
+        progress: watch::Sender<RecordingProgress>,
+    ) -> Result<RecordingView, ApiError> {
+        self.note(format!("record {name} {:?}", request.for_ms));
+        let came_to = RecordingProgress {
+            requests: 1200,
+            lost: 0,
+            bytes: 9000,
+            elapsed_ms: 2000,
+        };
+        progress.send_replace(came_to);
+        let view = RecordingView {
+            volume: called("root"),
+            file: request.file,
+            came_to,
+            ended: RecordingEnd::Time,
+        };
+        self.known(name.as_str(), "web1", view)
+    }
+
+    async fn end_recording(&self, name: Name) -> Result<(), ApiError> {
+        self.note(format!("end recording {name}"));
+        self.known(name.as_str(), "web1", ())
+    }
+
     async fn resize_volume(
         &self,
         name: Name,

@@ -5,6 +5,7 @@ pub mod error;
 #[cfg(any(test, feature = "fake-service"))]
 pub mod fake;
 pub mod joining;
+pub mod recordings;
 pub mod reporting;
 pub mod router;
 pub mod server;

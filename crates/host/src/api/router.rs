@@ -11,6 +11,7 @@
 //! | `POST /v1/volumes/NAME/export` (`ExportVolume`) · `clone` (`CloneVolume`) · `serve` (`ServeVolume`) | stream of `ImportLine` |
 //! | `POST /v1/volumes/NAME/resize` (`ResizeVolume`) · `check` (`CheckVolume`) | `VolumeView`, `CheckView` |
 //! | `GET /v1/volumes/NAME/map?cells=N` · `heat?top=N` | `MapView`, `HeatView` |
+//! | `POST /v1/recordings/NAME` (`RecordTrace`) · `DELETE` | stream of `RecordingLine`, nothing |
 //! | `POST /v1/imports` (`ImportVolume`) | stream of `ImportLine` |
 //! | `GET`, `POST /v1/machines` (`MachineSpec`) · `GET`, `DELETE /v1/machines/NAME` | `Listed<MachineView>`, `MachineView` |
 //! | `POST /v1/adoptions` (`AdoptRequest`) | `MachineView` |
@@ -89,6 +90,10 @@ pub fn router<S: Service>(service: Arc<S>, stopping: CancellationToken) -> Route
         .route("/v1/volumes/{name}/map", get(map_volume::<S>))
         .route("/v1/volumes/{name}/heat", get(heat_volume::<S>))
         .route("/v1/imports", post(import_volume::<S>))
+        .route(
+            "/v1/recordings/{name}",
+            post(record_trace::<S>).delete(end_recording::<S>),
+        )
         .route("/v1/machines", get(machines::<S>).post(define_machine::<S>))
         .route(
             "/v1/machines/{name}",
@@ -358,6 +363,22 @@ async fn serve_volume<S: Service>(
     let service = s.service;
     let work = async move { service.serve_volume(name, request, progress).await };
     Ok(stream::import(work, news, s.stopping))
+}
+
+async fn record_trace<S: Service>(
+    State(s): Of<S>,
+    Called(name): Called<Name>,
+    Said(request): Said<RecordTrace>,
+) -> Result<Response, ApiError> {
+    whole_path(&request.file, "trace to make")?;
+    let (progress, news) = watch::channel(RecordingProgress::default());
+    let service = s.service;
+    let work = async move { service.record_trace(name, request, progress).await };
+    Ok(stream::import(work, news, s.stopping))
+}
+
+async fn end_recording<S: Service>(State(s): Of<S>, Called(name): Called<Name>) -> Answer<()> {
+    s.service.end_recording(name).await.map(json)
 }
 
 async fn resize_volume<S: Service>(

@@ -66,6 +66,15 @@ pub trait Service: Send + Sync + 'static {
         request: ServeVolume,
         progress: watch::Sender<ImportProgress>,
     ) -> answer!(VolumeView);
+    /// Records what a guest asks of a disk, named by its volume, or by its machine if that has but one. If the client
+    /// goes away, what was recorded stays.
+    fn record_trace(
+        &self,
+        name: Name,
+        request: RecordTrace,
+        progress: watch::Sender<RecordingProgress>,
+    ) -> answer!(RecordingView);
+    fn end_recording(&self, name: Name) -> answer!(());
     fn resize_volume(&self, name: Name, request: ResizeVolume) -> answer!(VolumeView);
     fn check_volume(&self, name: Name, request: CheckVolume) -> answer!(CheckView);
     /// What of the volume is where, in so many cells.

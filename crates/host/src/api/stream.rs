@@ -5,7 +5,7 @@
 //! `watch` channels, which keep the newest value only, so a slow client costs nothing but its 64 KiB pipe.
 
 use super::error::{ApiError, ErrorCode};
-use super::types::{ImportProgress, MigrationView, StreamLine, WatchLine};
+use super::types::{MigrationView, StreamLine, WatchLine};
 use axum::body::Body;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -102,11 +102,15 @@ async fn write_migration(
 }
 
 /// Runs an import, or what is like one, and streams how far it is. It ends with the client or the daemon.
-pub(super) fn import<D: Serialize + Send + Sync + 'static>(
+pub(super) fn import<P, D>(
     work: impl Future<Output = Result<D, ApiError>> + Send + 'static,
-    mut news: watch::Receiver<ImportProgress>,
+    mut news: watch::Receiver<P>,
     stopping: CancellationToken,
-) -> Response {
+) -> Response
+where
+    P: Copy + Serialize + Send + Sync + 'static,
+    D: Serialize + Send + Sync + 'static,
+{
     response(|mut lines| {
         tokio::spawn(async move {
             // A task of its own, so that a client that reads slowly does not slow the import.
@@ -125,21 +129,21 @@ impl<D> Drop for AbortOnDrop<D> {
     }
 }
 
-async fn write_import<D: Serialize>(
+async fn write_import<P: Copy + Serialize, D: Serialize>(
     lines: &mut Lines,
     work: &mut AbortOnDrop<D>,
-    news: &mut watch::Receiver<ImportProgress>,
+    news: &mut watch::Receiver<P>,
     stopping: &CancellationToken,
 ) -> io::Result<()> {
     loop {
         tokio::select! {
             () = stopping.cancelled() => {
-                let line = StreamLine::<ImportProgress, D>::Error(ApiError::stopping());
+                let line = StreamLine::<P, D>::Error(ApiError::stopping());
                 return lines.write(&line).await;
             }
             result = &mut work.0 => {
                 let line = match result {
-                    Ok(Ok(done)) => StreamLine::<ImportProgress, D>::Done(done),
+                    Ok(Ok(done)) => StreamLine::<P, D>::Done(done),
                     Ok(Err(error)) => StreamLine::Error(error),
                     Err(panic) => StreamLine::Error(
                         ApiError::new(ErrorCode::Internal, format!("the work broke off: {panic}"))
@@ -151,7 +155,7 @@ async fn write_import<D: Serialize>(
             () = sleep(SHORTEST) => {}
         }
         let progress = *news.borrow_and_update();
-        let line = StreamLine::<ImportProgress, D>::Progress(progress);
+        let line = StreamLine::<P, D>::Progress(progress);
         lines.write(&line).await?;
     }
 }

@@ -5,6 +5,7 @@
 
 use super::error::ApiError;
 pub use super::joining::*;
+pub use super::recordings::*;
 pub use super::reporting::*;
 pub use super::snapshots::*;
 use crate::state::{

@@ -11,8 +11,8 @@ use whimbrel_nbd::{
     StatusRun, ZeroHow,
 };
 use whimbrel_volume::VolumeError;
-use whimbrel_volume::heat::AccessKind;
 use whimbrel_volume::raw::Zeroes;
+use whimbrel_volume::trace::Kind;
 
 use super::{Disk, Mode};
 
@@ -91,7 +91,7 @@ impl Export for Disk {
     }
 
     async fn read(&self, offset: u64, len: u32) -> Result<Bytes, Errno> {
-        self.log(AccessKind::Read, offset, u64::from(len));
+        self.log(Kind::Read, offset, u64::from(len));
         let mode = self.mode.read().await.clone();
         match mode {
             Mode::Open | Mode::Noted(_) | Mode::Frozen => self
@@ -105,7 +105,8 @@ impl Export for Disk {
     }
 
     async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Errno> {
-        self.log(AccessKind::Write, offset, data.len() as u64);
+        self.log(Kind::Write, offset, data.len() as u64);
+        self.log_fua(fua);
         let mode = self.mode.read().await;
         let _noted = mode.change(offset, data.len() as u64);
         match &*mode {
@@ -128,6 +129,7 @@ impl Export for Disk {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
+        self.log(Kind::Flush, 0, 0);
         let mode = self.mode.read().await.clone();
         match mode {
             Mode::Open | Mode::Noted(_) | Mode::Frozen => self.sync_if(true).await,
@@ -138,6 +140,8 @@ impl Export for Disk {
     }
 
     async fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+        self.log(Kind::Trim, offset, len);
+        self.log_fua(fua);
         let mode = self.mode.read().await;
         let _noted = mode.change(offset, len);
         match &*mode {
@@ -164,7 +168,8 @@ impl Export for Disk {
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, how: ZeroHow) -> Result<(), Errno> {
-        self.log(AccessKind::Write, offset, len);
+        self.log(Kind::Zero, offset, len);
+        self.log_fua(how.fua);
         let mode = self.mode.read().await;
         let _noted = mode.change(offset, len);
         match &*mode {
@@ -230,6 +235,13 @@ impl Export for Disk {
 }
 
 impl Disk {
+    /// One that is to be durable when it is answered has its flush in itself.
+    fn log_fua(&self, fua: bool) {
+        if fua {
+            self.log(Kind::Flush, 0, 0);
+        }
+    }
+
     async fn sync_if(&self, fua: bool) -> Result<(), Errno> {
         if fua {
             self.file().sync().await.map_err(|e| errno(&e))?;

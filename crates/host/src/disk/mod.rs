@@ -18,6 +18,7 @@ mod changes;
 mod export;
 mod felt;
 mod filling;
+mod recorder;
 mod shot;
 mod wants;
 
@@ -32,6 +33,7 @@ use tokio::sync::{RwLock, RwLockWriteGuard};
 use whimbrel_volume::VolumeError;
 use whimbrel_volume::backend::Backend;
 use whimbrel_volume::heat::{AccessKind, AccessLog};
+use whimbrel_volume::trace::Kind;
 
 use crate::volumes::heat::Heat;
 use crate::volumes::tracker::Tracker;
@@ -40,6 +42,7 @@ pub use bits::Bits;
 pub use changes::Changes;
 pub use export::MachineDisks;
 pub use filling::{Filling, Soil, Verified, absolute};
+pub use recorder::{Recorder, Recording};
 pub use shot::{GivenUp, Shot};
 pub use wants::{Asked, DemandFigures, Wants};
 
@@ -85,6 +88,8 @@ pub struct Disk {
     touched: AtomicBool,
     /// Where the guest's reads and writes are logged, if anywhere.
     heat: Option<Arc<Heat>>,
+    /// Where they are written down one by one, while somebody wants that.
+    recording: Recording,
     /// Where what the guest changes is remembered for the next snapshot, if anywhere.
     tracker: Option<Arc<Tracker>>,
     /// The instant that a snapshot is being made of.
@@ -106,6 +111,7 @@ impl Disk {
             read_only: false,
             touched: AtomicBool::new(false),
             heat: None,
+            recording: Recording::default(),
             tracker: None,
             shot: Mutex::new(None),
             has_shot: AtomicBool::new(false),
@@ -134,10 +140,21 @@ impl Disk {
         self
     }
 
-    fn log(&self, kind: AccessKind, offset: u64, len: u64) {
+    fn log(&self, kind: Kind, offset: u64, len: u64) {
+        self.recording.note(kind, offset, len);
+        let kind = match kind {
+            Kind::Read => AccessKind::Read,
+            Kind::Write | Kind::Zero => AccessKind::Write,
+            Kind::Trim | Kind::Flush | Kind::Gap => return,
+        };
         if let Some(heat) = &self.heat {
             heat.log(kind, offset, len);
         }
+    }
+
+    /// The recording of its requests, if there is one.
+    pub fn recording(&self) -> &Recording {
+        &self.recording
     }
 
     pub fn name(&self) -> &str {

@@ -209,6 +209,19 @@ impl Service for Daemon {
         self.serve_out(name, request, progress).await
     }
 
+    async fn record_trace(
+        &self,
+        name: Name,
+        request: RecordTrace,
+        progress: watch::Sender<RecordingProgress>,
+    ) -> Result<RecordingView, ApiError> {
+        Daemon::record_trace(self, name, request, progress).await
+    }
+
+    async fn end_recording(&self, name: Name) -> Result<(), ApiError> {
+        self.end_recording_of(name).await
+    }
+
     async fn resize_volume(
         &self,
         name: Name,

@@ -7,6 +7,8 @@
 //! | `bring`, `nbd`, `convert` | a volume from an image, a disk behind a URI, a format only QEMU reads |
 //! | `take` | a volume's content as a file or as another volume |
 //! | `serve`, `papers` | a volume as an NBD export over TCP, and the certificates for that |
+//! | [`drive`] | requests of all kinds to an export elsewhere, many at a time |
+//! | `record` | a trace of what a guest asks of a disk |
 //! | `resize`, `check` | what their names say |
 //! | `tracker` | what changed since the last snapshot |
 //! | `heat`, `picture` | what the guest reads and writes, kept; and shown with what is here |
@@ -18,11 +20,13 @@ mod bring;
 mod check;
 pub mod claims;
 mod convert;
+pub mod drive;
 pub mod heat;
 mod make;
-mod nbd;
+pub mod nbd;
 mod papers;
 mod picture;
+mod record;
 mod resize;
 mod serve;
 mod take;

@@ -1,4 +1,4 @@
-//! A disk at the other end of an NBD URI, to be read once from beginning to end.
+//! A disk at the other end of an NBD URI: the way to it, and reading it once from beginning to end.
 //!
 //! Fixed newstyle, structured replies and `base:allocation` where the server has them, so that holes stay
 //! holes; without them all is data. No TLS: a server that insists is told of as what it is. Several
@@ -17,7 +17,7 @@ use whimbrel_volume::backend::Source;
 use whimbrel_volume::raw::DataExtent;
 
 /// The server has so long for each answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Bytes of one request; every server takes as much.
 const REQUEST: usize = 256 << 10;
@@ -35,7 +35,7 @@ const MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_REPLY: u32 = 0x6744_6698;
+pub(super) const SIMPLE_REPLY: u32 = 0x6744_6698;
 const STRUCTURED_REPLY: u32 = 0x668e_33ef;
 
 /// What can go wrong with a disk behind a URI.
@@ -59,7 +59,7 @@ pub enum NbdError {
     Silent { place: String },
     #[error("the NBD server at {place} has no export `{export}`")]
     NoExport { place: String, export: String },
-    #[error("the NBD server at {place} wants TLS, which an import does not speak")]
+    #[error("the NBD server at {place} wants TLS, which is not spoken here")]
     WantsTls { place: String },
     #[error("the NBD server at {place} speaks out of turn: {what}")]
     Protocol { place: String, what: String },
@@ -74,7 +74,7 @@ pub enum NbdError {
     Volume(#[from] VolumeError),
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// Where a URI points.
@@ -143,6 +143,13 @@ fn unescape(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
+/// What a server says of an export.
+pub(super) struct Told {
+    pub size: u64,
+    /// The protocol's transmission flags.
+    pub flags: u16,
+}
+
 /// An open disk behind a URI.
 pub struct NbdSource {
     size: u64,
@@ -153,6 +160,7 @@ pub struct NbdSource {
 struct Wire {
     stream: Box<dyn Stream>,
     place: String,
+    /// Asked for, then had.
     structured: bool,
     /// The number of the allocation context, if there is one.
     allocation: Option<u32>,
@@ -161,6 +169,35 @@ struct Wire {
 
 impl NbdSource {
     pub async fn open(uri: &NbdUri) -> Result<NbdSource, NbdError> {
+        let (wire, told) = Wire::open(uri, true).await?;
+        Ok(NbdSource {
+            size: told.size,
+            place: wire.place.clone(),
+            wire: Mutex::new(wire),
+        })
+    }
+
+    async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T, NbdError>>,
+    ) -> Result<T, NbdError> {
+        tokio::time::timeout(PATIENCE, work)
+            .await
+            .map_err(|_| NbdError::Silent {
+                place: self.place.clone(),
+            })?
+    }
+}
+
+/// An export opened for orders of all kinds: its connection, and what the server says of it. Answers are simple ones.
+pub(super) async fn open_plain(uri: &NbdUri) -> Result<(Box<dyn Stream>, String, Told), NbdError> {
+    let (wire, told) = Wire::open(uri, false).await?;
+    Ok((wire.stream, wire.place, told))
+}
+
+impl Wire {
+    /// Connects and negotiates, structured replies and allocation if they are wanted.
+    async fn open(uri: &NbdUri, structured: bool) -> Result<(Wire, Told), NbdError> {
         let place = match &uri.place {
             Place::Tcp(address) => address.clone(),
             Place::Unix(path) => path.display().to_string(),
@@ -188,29 +225,14 @@ impl NbdSource {
         let mut wire = Wire {
             stream,
             place: place.clone(),
-            structured: false,
+            structured,
             allocation: None,
             next: 1,
         };
-        let size = tokio::time::timeout(PATIENCE, wire.greet(&uri.export))
+        let told = tokio::time::timeout(PATIENCE, wire.greet(&uri.export))
             .await
             .map_err(silent)??;
-        Ok(NbdSource {
-            size,
-            place,
-            wire: Mutex::new(wire),
-        })
-    }
-
-    async fn in_time<T>(
-        &self,
-        work: impl Future<Output = Result<T, NbdError>>,
-    ) -> Result<T, NbdError> {
-        tokio::time::timeout(PATIENCE, work)
-            .await
-            .map_err(|_| NbdError::Silent {
-                place: self.place.clone(),
-            })?
+        Ok((wire, told))
     }
 }
 
@@ -284,8 +306,8 @@ impl Wire {
         sent.map_err(|e| self.broken(e))
     }
 
-    /// The negotiation; the export's size.
-    async fn greet(&mut self, export: &str) -> Result<u64, NbdError> {
+    /// The negotiation.
+    async fn greet(&mut self, export: &str) -> Result<Told, NbdError> {
         if self.take_u64().await? != MAGIC || self.take_u64().await? != OPTION {
             return Err(self.wrong("it is no NBD server of the newstyle protocol"));
         }
@@ -295,7 +317,7 @@ impl Wire {
         }
         // Fixed newstyle, and no zeroes where the server can leave them out.
         self.say(&u32::from(flags & 3).to_be_bytes()).await?;
-        self.structured = self.ask(8, &[]).await?.is_some();
+        self.structured = self.structured && self.ask(8, &[]).await?.is_some();
         if self.structured {
             let mut wanted = BytesMut::new();
             for text in [export, "base:allocation"] {
@@ -319,11 +341,13 @@ impl Wire {
             place: self.place.clone(),
             export: export.to_string(),
         })?;
-        let size = answers.iter().find_map(|(kind, b)| {
-            let info = *kind == 3 && b.first_chunk() == Some(&[0, 0]);
-            info.then(|| b.get(2..10)?.try_into().ok().map(u64::from_be_bytes))?
+        let told = answers.iter().find_map(|(kind, b)| {
+            let is_export = *kind == 3 && b.first_chunk() == Some(&[0, 0]);
+            let size = b.get(2..10)?.try_into().ok().map(u64::from_be_bytes)?;
+            let flags = b.get(10..12)?.try_into().ok().map(u16::from_be_bytes)?;
+            is_export.then_some(Told { size, flags })
         });
-        size.ok_or_else(|| self.wrong("it does not say how large the export is"))
+        told.ok_or_else(|| self.wrong("it does not say how large the export is"))
     }
 
     /// Asks for an option: the answers before the acknowledgement, or `None` if it is refused.
@@ -366,14 +390,7 @@ impl Wire {
     async fn send(&mut self, command: u16, offset: u64, len: u32) -> Result<u64, NbdError> {
         let cookie = self.next;
         self.next += 1;
-        let mut bytes = BytesMut::with_capacity(28);
-        bytes.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        bytes.extend_from_slice(&0u16.to_be_bytes());
-        bytes.extend_from_slice(&command.to_be_bytes());
-        bytes.extend_from_slice(&cookie.to_be_bytes());
-        bytes.extend_from_slice(&offset.to_be_bytes());
-        bytes.extend_from_slice(&len.to_be_bytes());
-        self.say(&bytes).await?;
+        self.say(&request(command, cookie, offset, len)).await?;
         Ok(cookie)
     }
 
@@ -510,6 +527,18 @@ impl Wire {
             }
         }
     }
+}
+
+/// The head of a request.
+pub(super) fn request(command: u16, cookie: u64, offset: u64, len: u32) -> BytesMut {
+    let mut bytes = BytesMut::with_capacity(28);
+    bytes.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
+    bytes.extend_from_slice(&0u16.to_be_bytes());
+    bytes.extend_from_slice(&command.to_be_bytes());
+    bytes.extend_from_slice(&cookie.to_be_bytes());
+    bytes.extend_from_slice(&offset.to_be_bytes());
+    bytes.extend_from_slice(&len.to_be_bytes());
+    bytes
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod cap;
 mod chaos;
 mod codec;
+mod disks;
 mod guard;
 mod guests;
 mod kills;
@@ -41,6 +42,8 @@ pub enum Bench {
     Nbd(nbd::NbdArgs),
     /// How RAM moves, by Whimbrel and by QEMU's own ways
     Ram(ram::RamArgs),
+    /// How guests move with their disks, by Whimbrel and by QEMU's own ways
+    Disks(disks::DisksArgs),
     /// How good the working-set estimators are, on traces
     #[command(name = "workingset")]
     WorkingSet(workingset::WorkingSetArgs),
@@ -62,6 +65,7 @@ impl Bench {
             Bench::Chaos(args) => chaos::run(args),
             Bench::Nbd(args) => nbd::run(args),
             Bench::Ram(args) => ram::run(args),
+            Bench::Disks(args) => disks::run(args),
             Bench::WorkingSet(args) => workingset::run(args),
             Bench::NbdExport(args) => nbd::export(args),
         }

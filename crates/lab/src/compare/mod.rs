@@ -10,8 +10,8 @@ use crate::demo::Figures;
 use crate::link::LinkArgs;
 use crate::screen::Screen;
 use serde::Serialize;
-use std::time::Duration;
-use whimbrel_lab::guest::GuestError;
+use std::time::{Duration, Instant};
+use whimbrel_lab::guest::{GuestError, Report};
 use whimbrel_lab::pair::rates::Rates;
 use whimbrel_lab::pair::{GuestSpec, Pair, PairError};
 use whimbrel_lab::{LabError, guest};
@@ -40,6 +40,15 @@ pub enum CompareError {
     Failed(String),
 }
 
+/// How QEMU is told to do it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Ways {
+    /// The mirror makes the guest's writes wait until they are at the destination too; else they follow later.
+    pub write_blocking: bool,
+    /// Memory by post-copy with preemption, switched at once, when the disk is equal; else by pre-copy.
+    pub postcopy: bool,
+}
+
 /// What QEMU's own move came to.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Theirs {
@@ -50,6 +59,8 @@ pub struct Theirs {
     pub total_s: Option<f64>,
     /// Until the disk was first equal.
     pub disk_s: Option<f64>,
+    /// Until the guest ran at the destination.
+    pub switch_s: Option<f64>,
     pub blackout_ms: Option<f64>,
     pub echo_gap_ms: Option<f64>,
     pub brownout_s: Option<f64>,
@@ -60,8 +71,19 @@ pub struct Theirs {
     pub rates_before: Rates,
     pub rates_during: Rates,
     pub rates_after: Rates,
+    #[serde(skip)]
+    pub times: Option<Times>,
     pub verified: bool,
     pub problems: Vec<String>,
+}
+
+/// The time line of a move: what the guest reported before, and during it.
+#[derive(Clone, Debug)]
+pub struct Times {
+    pub quiet_from: Instant,
+    pub began: Instant,
+    pub ended: Instant,
+    pub reports: Vec<(Instant, Report)>,
 }
 
 impl Theirs {
@@ -89,7 +111,25 @@ pub fn run(
         link.describe(),
         limit.as_secs()
     ));
-    if let Err(error) = mover::play(pair, spec, limit, screen, &mut theirs) {
+    if let Err(error) = mover::play(pair, spec, Ways::default(), limit, screen, &mut theirs) {
+        theirs.problems.push(error.to_string());
+    }
+    theirs
+}
+
+/// The same in these ways, and without a word about it.
+pub fn run_by(
+    pair: &Pair,
+    spec: &GuestSpec,
+    ways: Ways,
+    limit: Duration,
+    screen: &mut Screen,
+) -> Theirs {
+    let mut theirs = Theirs {
+        limit_s: limit.as_secs(),
+        ..Theirs::default()
+    };
+    if let Err(error) = mover::play(pair, spec, ways, limit, screen, &mut theirs) {
         theirs.problems.push(error.to_string());
     }
     theirs

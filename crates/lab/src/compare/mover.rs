@@ -1,10 +1,10 @@
 //! The move itself, step by step, as libvirt orders QEMU about for a migration with copied storage.
 
 use super::machine::{self, DISK, Machine};
-use super::{CompareError, Theirs, copy_disk};
+use super::{CompareError, Theirs, Times, Ways, copy_disk};
 use crate::screen::Screen;
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use whimbrel_lab::net::Host;
 use whimbrel_lab::pair::rates::{self, Rates};
 use whimbrel_lab::pair::{Guest, GuestSpec, Pair};
@@ -28,6 +28,7 @@ const UNLIMITED: u64 = 1 << 40;
 pub fn play(
     pair: &Pair,
     spec: &GuestSpec,
+    ways: Ways,
     limit: Duration,
     screen: &mut Screen,
     theirs: &mut Theirs,
@@ -67,6 +68,7 @@ pub fn play(
         target: &mut target,
         guest: &mut guest,
         screen,
+        ways,
         began,
         limit,
         stood_at: String::new(),
@@ -77,11 +79,18 @@ pub fn play(
     theirs.wan_bytes = bytes(Direction::AToB) - out;
     theirs.wan_bytes_back = bytes(Direction::BToA) - back;
     theirs.finished = finished;
+    let times = |guest: &Guest| Times {
+        quiet_from,
+        began,
+        ended,
+        reports: guest.reports().to_vec(),
+    };
     theirs.rates_before = rates::between(guest.reports(), quiet_from, began);
     if !finished {
         theirs.stood_at = Some(stood_at.clone());
         guest.listen();
         theirs.rates_during = rates::between(guest.reports(), began, ended);
+        theirs.times = Some(times(&guest));
         screen.say(&format!("not done in {} s: {stood_at}", limit.as_secs()));
         drop((source, target));
         machine::remove_taps(lab);
@@ -95,6 +104,7 @@ pub fn play(
     let gap = series.between(began, ended).echo_gap();
     theirs.echo_gap_ms = gap.map(|gap| gap.length.as_secs_f64() * 1e3);
     theirs.rates_during = rates::between(guest.reports(), began, ended);
+    theirs.times = Some(times(&guest));
     theirs.rates_after = rates::between(guest.reports(), ended, Instant::now());
     if let (Some(gap), Some(blackout)) = (gap, theirs.blackout_ms) {
         let resumed = gap.start + Duration::from_secs_f64(blackout.max(0.0) / 1e3);
@@ -140,6 +150,7 @@ struct Run<'r> {
     target: &'r mut Machine,
     guest: &'r mut Guest,
     screen: &'r mut Screen,
+    ways: Ways,
     began: Instant,
     limit: Duration,
     stood_at: String,
@@ -154,6 +165,22 @@ impl Run<'_> {
         let guest = now(self.guest).short();
         self.screen.live(&format!("{how_far}; guest: {guest}"));
         self.stood_at = how_far;
+    }
+
+    /// Beyond the switchover nothing can be given up: as much time again, and then it has failed.
+    fn not_for_ever(&self) -> Result<(), CompareError> {
+        if self.began.elapsed() < self.limit * 2 {
+            return Ok(());
+        }
+        let said = "the switchover began and did not end".to_owned();
+        Err(CompareError::Failed(said))
+    }
+
+    /// QEMU tells the time of day.
+    fn since_the_beginning(&self, at: Duration) -> Option<f64> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+        let ago = now.checked_sub(at)?;
+        Some(self.began.elapsed().checked_sub(ago)?.as_secs_f64())
     }
 
     /// The disk, until both are equal; `false` if the time was not enough.
@@ -171,7 +198,13 @@ impl Run<'_> {
             "server": {"type": "inet", "host": address, "port": NBD_PORT},
         });
         from.execute("blockdev-add", node)?;
-        let job = json!({"job-id": JOB, "device": DISK, "target": TARGET, "sync": "full"});
+        let copy_mode = match self.ways.write_blocking {
+            true => "write-blocking",
+            false => "background",
+        };
+        let job = json!({
+            "job-id": JOB, "device": DISK, "target": TARGET, "sync": "full", "copy-mode": copy_mode,
+        });
         from.execute("blockdev-mirror", job)?;
         self.screen.say("the disk is being mirrored");
         loop {
@@ -196,26 +229,47 @@ impl Run<'_> {
 
     /// Memory, the switchover and the end of the mirror; `false` if the time was not enough.
     fn memory(&mut self, theirs: &mut Theirs) -> Result<bool, CompareError> {
-        self.screen
-            .say("the disk is there and kept equal; now memory, pass by pass");
+        self.screen.say(match self.ways.postcopy {
+            true => "the disk is there and kept equal; now memory, by post-copy",
+            false => "the disk is there and kept equal; now memory, pass by pass",
+        });
         let uri = format!("tcp:{}:{RAM_PORT}", Host::B.wan_address());
+        let mut capabilities = vec!["pause-before-switchover"];
+        if self.ways.postcopy {
+            capabilities.extend(["return-path", "postcopy-ram", "postcopy-preempt"]);
+        }
+        let list: Vec<_> = capabilities
+            .iter()
+            .map(|name| json!({"capability": name, "state": true}))
+            .collect();
+        for qmp in [&mut self.target.qmp, &mut self.source.qmp] {
+            let list = json!({ "capabilities": list });
+            qmp.execute("migrate-set-capabilities", list)?;
+        }
         let to = &mut self.target.qmp;
         to.execute("migrate-incoming", json!({ "uri": uri }))?;
         let from = &mut self.source.qmp;
-        let pause =
-            json!({"capabilities": [{"capability": "pause-before-switchover", "state": true}]});
-        from.execute("migrate-set-capabilities", pause)?;
         from.execute(
             "migrate-set-parameters",
             json!({ "max-bandwidth": UNLIMITED }),
         )?;
         from.execute("migrate", json!({ "uri": uri }))?;
         let mut mirror_ends = false;
+        let mut is_told = false;
         loop {
             let state = self.source.qmp.execute("query-migrate", json!({}))?;
             match state["status"].as_str().unwrap_or_default() {
                 "completed" => break,
-                "failed" | "cancelled" => {
+                "active" if self.ways.postcopy && !is_told => {
+                    // The first pass is counted when it begins.
+                    if state["ram"]["dirty-sync-count"].as_u64() > Some(0) {
+                        is_told = true;
+                        let from = &mut self.source.qmp;
+                        from.execute("migrate-start-postcopy", json!({}))?;
+                        continue;
+                    }
+                }
+                "failed" | "cancelled" | "postcopy-paused" => {
                     let said = format!("QEMU's migration failed: {}", state["error-desc"]);
                     return Err(CompareError::Failed(said));
                 }
@@ -226,6 +280,7 @@ impl Run<'_> {
                     self.source.qmp.execute("block-job-cancel", job)?;
                 }
                 "pre-switchover" => {
+                    self.not_for_ever()?;
                     if self.source.qmp.last("BLOCK_JOB_COMPLETED").is_some() {
                         let go = json!({"state": "pre-switchover"});
                         self.source.qmp.execute("migrate-continue", go)?;
@@ -238,12 +293,15 @@ impl Run<'_> {
             if self.is_late() && !mirror_ends {
                 return Ok(false);
             }
+            self.not_for_ever()?;
             let ram = &state["ram"];
             let passes = ram["dirty-sync-count"].as_u64().unwrap_or(0);
             theirs.passes = passes;
             let mib = |key: &str| ram[key].as_f64().unwrap_or(0.0) / f64::from(1 << 20);
             let dirty = ram["dirty-pages-rate"].as_f64().unwrap_or(0.0) * 4096.0 * 8.0 / 1e6;
-            if !mirror_ends {
+            if mirror_ends {
+                std::thread::sleep(Duration::from_millis(5));
+            } else {
                 self.tell(format!(
                     "memory, pass {passes}, {:.0} MiB left, {:.0} MiB sent, the guest dirties {dirty:.0} Mbit/s",
                     mib("remaining"),
@@ -265,6 +323,7 @@ impl Run<'_> {
         if let (Some(stop), Some(resume)) = (stop, resume) {
             theirs.blackout_ms = Some((resume.as_secs_f64() - stop.as_secs_f64()) * 1e3);
         }
+        theirs.switch_s = resume.and_then(|at| self.since_the_beginning(at));
         // Else the export would hold the disk when the guest ends.
         self.target.qmp.execute("nbd-server-stop", json!({}))?;
         Ok(true)

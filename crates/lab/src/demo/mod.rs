@@ -3,14 +3,13 @@
 mod figures;
 mod narrator;
 
-pub use figures::{Figures, mib, shown};
+pub use figures::{Figures, Setting, mib, shown};
 pub use narrator::Narrator;
 
 use crate::compare::{self, Theirs};
 use crate::link::LinkArgs;
 use crate::screen::Screen;
 use clap::Args;
-use figures::Setting;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;

@@ -4,23 +4,33 @@
 //! head:    magic "WHBLTRCE" | version u32 | reserved u32 | xxh3-64 of those u64
 //! blocks:  bytes of payload u32 | records u32 | xxh3-64, seeded with the block's number, of those and the payload u64 | payload
 //! end:     a block of no bytes and no records
-//! record:  varint (microseconds since the record before, times two, plus one for a write)
+//! record:  varint (microseconds since the record before, times eight, plus the kind's number)
 //!          varint (zigzag of: offset less the end of the record before)
 //!          varint (length)
 //! ```
+//! Flushes and gaps have the first varint, and a gap the last; they have no place, so what follows
+//! starts from the end of the record before them.
+//! Kinds are numbered from 0: read, write, zero, trim, flush, gap. Version 1 had reads and writes only, and times two in
+//! place of eight; it is still read.
+//!
 //! Fixed fields are little-endian, varints LEB128. Before a block's first record stand time 0 and offset 0, so a block
 //! can be read without those before it. A sequential 4 KiB request takes 5 bytes.
 //!
 //! A block is whole or it is not believed: after a crash all blocks before the last are good, and the reader says
 //! that the end is missing only after it has given all of them. Memory of both ends: one block.
 
-use super::{REACH, Request, TraceError};
-use crate::heat::AccessKind;
+use super::{Kind, REACH, Record, TraceError};
 use std::io::{ErrorKind, Read, Write};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 pub const MAGIC: &[u8; 8] = b"WHBLTRCE";
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// The oldest that is read.
+const OLDEST: u32 = 1;
+
+/// No record is later, in microseconds.
+const LATEST: u64 = 1 << 60;
 
 /// Payload of a block, at most. The writer ends one before a record would not fit.
 pub const BLOCK: usize = 64 << 10;
@@ -40,6 +50,7 @@ pub struct Writer<W: Write> {
     /// Time and end of the record before, within the block.
     before: (u64, u64),
     last_us: u64,
+    written: u64,
 }
 
 impl<W: Write> Writer<W> {
@@ -57,34 +68,43 @@ impl<W: Write> Writer<W> {
             block: 0,
             before: (0, 0),
             last_us: 0,
+            written: HEAD as u64,
         })
     }
 
-    /// Refuses what [`Request`] says cannot be.
-    pub fn push(&mut self, request: &Request) -> Result<(), TraceError> {
-        let Request {
+    /// Refuses what [`Record`] and [`Request`](super::Request) say cannot be.
+    pub fn push(&mut self, record: &Record) -> Result<(), TraceError> {
+        let Record {
             at_us,
             kind,
             offset,
             len,
-        } = *request;
-        let end = offset.checked_add(len).filter(|&end| end <= REACH);
-        let sound = len > 0 && at_us >= self.last_us && at_us < 1 << 62;
-        let (Some(end), true) = (end, sound) else {
+        } = *record;
+        if !is_sound(record, self.last_us) {
             return Err(TraceError::Request { at_us, offset, len });
-        };
+        }
         if self.payload.len() + RECORD > BLOCK {
             self.end_block()?;
         }
         let (before_us, before_end) = self.before;
-        let write = u64::from(kind == AccessKind::Write);
-        put(&mut self.payload, (at_us - before_us) << 1 | write);
-        put(&mut self.payload, zigzag(offset as i64 - before_end as i64));
-        put(&mut self.payload, len);
+        put(&mut self.payload, (at_us - before_us) << 3 | kind as u64);
+        let mut end = before_end;
+        if kind.has_place() {
+            put(&mut self.payload, zigzag(offset as i64 - before_end as i64));
+            end = offset + len;
+        }
+        if kind != Kind::Flush {
+            put(&mut self.payload, len);
+        }
         self.records += 1;
         self.before = (at_us, end);
         self.last_us = at_us;
         Ok(())
+    }
+
+    /// Bytes written, the head's and those of whole blocks.
+    pub fn written(&self) -> u64 {
+        self.written
     }
 
     fn end_block(&mut self) -> Result<(), TraceError> {
@@ -95,6 +115,7 @@ impl<W: Write> Writer<W> {
         head[8..].copy_from_slice(&sum.to_le_bytes());
         self.out.write_all(&head)?;
         self.out.write_all(&self.payload)?;
+        self.written += (BLOCK_HEAD + self.payload.len()) as u64;
         self.payload.clear();
         self.records = 0;
         self.before = (0, 0);
@@ -125,6 +146,7 @@ pub struct Reader<R: Read> {
     before: (u64, u64),
     last_us: u64,
     ended: bool,
+    version: u32,
 }
 
 impl<R: Read> Reader<R> {
@@ -138,7 +160,7 @@ impl<R: Read> Reader<R> {
             return Err(TraceError::Magic);
         }
         let found = u32_at(&head, 8);
-        if found != VERSION {
+        if !(OLDEST..=VERSION).contains(&found) {
             return Err(TraceError::Version { found });
         }
         if xxh3_64(&head[..16]).to_le_bytes() != head[16..] {
@@ -153,16 +175,17 @@ impl<R: Read> Reader<R> {
             before: (0, 0),
             last_us: 0,
             ended: false,
+            version: found,
         })
     }
 
-    /// The next request; none at the end.
-    pub fn next_request(&mut self) -> Result<Option<Request>, TraceError> {
+    /// The next record; none at the end.
+    pub fn next_record(&mut self) -> Result<Option<Record>, TraceError> {
         if self.records == 0 && (self.ended || !self.next_block()?) {
             self.ended = true;
             return Ok(None);
         }
-        let request = self.decode().ok_or(TraceError::Block {
+        let record = self.decode().ok_or(TraceError::Block {
             block: self.block - 1,
         })?;
         self.records -= 1;
@@ -171,8 +194,8 @@ impl<R: Read> Reader<R> {
                 block: self.block - 1,
             });
         }
-        self.last_us = request.at_us;
-        Ok(Some(request))
+        self.last_us = record.at_us;
+        Ok(Some(record))
     }
 
     fn next_block(&mut self) -> Result<bool, TraceError> {
@@ -199,27 +222,34 @@ impl<R: Read> Reader<R> {
         Ok(records > 0)
     }
 
-    fn decode(&mut self) -> Option<Request> {
+    fn decode(&mut self) -> Option<Record> {
         let first = self.varint()?;
-        let step = unzigzag(self.varint()?);
-        let len = self.varint()?;
-        let at_us = self.before.0.checked_add(first >> 1)?;
-        let offset = self.before.1.checked_add_signed(step)?;
-        let end = offset.checked_add(len).filter(|&end| end <= REACH)?;
-        if len == 0 || at_us < self.last_us || at_us >= 1 << 62 {
+        let (step, number) = match self.version {
+            1 => (first >> 1, first & 1),
+            _ => (first >> 3, first & 7),
+        };
+        let kind = *Kind::ALL.get(number as usize)?;
+        let mut record = Record {
+            at_us: self.before.0.checked_add(step)?,
+            kind,
+            offset: 0,
+            len: 0,
+        };
+        if kind.has_place() {
+            let step = unzigzag(self.varint()?);
+            record.offset = self.before.1.checked_add_signed(step)?;
+        }
+        if kind != Kind::Flush {
+            record.len = self.varint()?;
+        }
+        if !is_sound(&record, self.last_us) {
             return None;
         }
-        self.before = (at_us, end);
-        let kind = match first & 1 {
-            0 => AccessKind::Read,
-            _ => AccessKind::Write,
-        };
-        Some(Request {
-            at_us,
-            kind,
-            offset,
-            len,
-        })
+        self.before.0 = record.at_us;
+        if kind.has_place() {
+            self.before.1 = record.offset + record.len;
+        }
+        Some(record)
     }
 
     fn varint(&mut self) -> Option<u64> {
@@ -238,6 +268,23 @@ impl<R: Read> Reader<R> {
         }
         None
     }
+}
+
+fn is_sound(record: &Record, last_us: u64) -> bool {
+    let Record {
+        at_us,
+        kind,
+        offset,
+        len,
+    } = *record;
+    let fits = match kind {
+        Kind::Flush => offset == 0 && len == 0,
+        Kind::Gap => offset == 0 && len > 0,
+        Kind::Read | Kind::Write | Kind::Zero | Kind::Trim => {
+            len > 0 && offset.checked_add(len).is_some_and(|end| end <= REACH)
+        }
+    };
+    fits && at_us >= last_us && at_us < LATEST
 }
 
 fn checksum(head: &[u8; BLOCK_HEAD], payload: &[u8], block: u64) -> u64 {
@@ -270,19 +317,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn requests() -> impl Strategy<Value = Vec<Request>> {
-        let one = (0..1u64 << 40, any::<bool>(), 0..REACH, 1..1u64 << 30);
+    fn requests() -> impl Strategy<Value = Vec<Record>> {
+        let one = (0..1u64 << 40, 0..6usize, 0..REACH, 1..1u64 << 30);
         prop::collection::vec(one, 0..5000).prop_map(|all| {
             let mut at_us = 0;
-            let one = |(pause, write, offset, len): (u64, bool, u64, u64)| {
+            let one = |(pause, kind, offset, len): (u64, usize, u64, u64)| {
                 at_us += pause;
-                let kind = if write {
-                    AccessKind::Write
-                } else {
-                    AccessKind::Read
+                let kind = Kind::ALL[kind];
+                let (offset, len) = match kind {
+                    Kind::Flush => (0, 0),
+                    Kind::Gap => (0, len),
+                    _ => (offset, len.min(REACH - offset)),
                 };
-                let len = len.min(REACH - offset);
-                Request {
+                Record {
                     at_us,
                     kind,
                     offset,
@@ -293,21 +340,21 @@ mod tests {
         })
     }
 
-    fn written(all: &[Request]) -> Vec<u8> {
+    fn written(all: &[Record]) -> Vec<u8> {
         let mut writer = Writer::new(Vec::new()).unwrap();
         all.iter().for_each(|r| writer.push(r).unwrap());
         writer.finish().unwrap()
     }
 
-    fn read(bytes: &[u8]) -> (Vec<Request>, Result<(), TraceError>) {
+    fn read(bytes: &[u8]) -> (Vec<Record>, Result<(), TraceError>) {
         let mut all = Vec::new();
         let mut reader = match Reader::new(bytes) {
             Ok(reader) => reader,
             Err(e) => return (all, Err(e)),
         };
         loop {
-            match reader.next_request() {
-                Ok(Some(request)) => all.push(request),
+            match reader.next_record() {
+                Ok(Some(record)) => all.push(record),
                 Ok(None) => return (all, Ok(())),
                 Err(e) => return (all, Err(e)),
             }
@@ -349,7 +396,7 @@ mod tests {
             file.extend_from_slice(&head);
             file.extend_from_slice(&bytes);
             for request in read(&file).0 {
-                prop_assert!(request.len > 0 && request.offset + request.len <= REACH);
+                prop_assert!(is_sound(&request, 0));
             }
         }
     }
@@ -357,9 +404,9 @@ mod tests {
     #[test]
     fn a_sequential_request_takes_few_bytes() {
         let all: Vec<_> = (0..10_000)
-            .map(|n| Request {
+            .map(|n| Record {
                 at_us: n * 900,
-                kind: AccessKind::Read,
+                kind: Kind::Read,
                 offset: n * 4096,
                 len: 4096,
             })
@@ -368,28 +415,74 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_of_the_first_version_is_read() {
+        let mut payload = Vec::new();
+        for (first, step, len) in [(10, 4096, 512), (7 << 1 | 1, 0, 4096)] {
+            put(&mut payload, first);
+            put(&mut payload, zigzag(step));
+            put(&mut payload, len);
+        }
+        let mut file = written(&[]);
+        file[8] = 1;
+        let sum = xxh3_64(&file[..16]).to_le_bytes();
+        file[16..HEAD].copy_from_slice(&sum);
+        file.truncate(HEAD);
+        for (block, (payload, records)) in [(payload.as_slice(), 2), (&[], 0)].iter().enumerate() {
+            let mut head = [0; BLOCK_HEAD];
+            head[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+            head[4] = *records;
+            let sum = checksum(&head, payload, block as u64);
+            head[8..].copy_from_slice(&sum.to_le_bytes());
+            file.extend_from_slice(&head);
+            file.extend_from_slice(payload);
+        }
+        let (all, end) = read(&file);
+        end.unwrap();
+        let record = |at_us, kind, offset, len| Record {
+            at_us,
+            kind,
+            offset,
+            len,
+        };
+        let expected = [
+            record(5, Kind::Read, 4096, 512),
+            record(12, Kind::Write, 4608, 4096),
+        ];
+        assert_eq!(all, expected);
+    }
+
+    #[test]
     fn what_cannot_be_is_not_written() {
         let mut writer = Writer::new(Vec::new()).unwrap();
-        let sound = Request {
+        let sound = Record {
             at_us: 5,
-            kind: AccessKind::Write,
+            kind: Kind::Write,
             offset: 0,
             len: 1,
         };
         writer.push(&sound).unwrap();
         for wrong in [
-            Request { at_us: 4, ..sound },
-            Request { len: 0, ..sound },
-            Request {
+            Record { at_us: 4, ..sound },
+            Record { len: 0, ..sound },
+            Record {
                 offset: REACH,
                 ..sound
             },
-            Request {
+            Record {
                 offset: u64::MAX,
                 ..sound
             },
-            Request {
+            Record {
                 at_us: u64::MAX,
+                ..sound
+            },
+            Record {
+                kind: Kind::Flush,
+                ..sound
+            },
+            Record {
+                kind: Kind::Gap,
+                len: 0,
                 ..sound
             },
         ] {

@@ -6,8 +6,9 @@
 //! | [`import`] | other tools' records: blkparse, fio, MSR Cambridge, CloudPhysics, QEMU's virtio-blk events |
 //! | [`summary`] | how much, how fast, and the size of the working set over time |
 //!
-//! A trace says when, what kind, where and how long; never content. Times count from its first record. Only reads and
-//! writes are kept: discards and flushes are skipped, and counted.
+//! A trace says when, what kind, where and how long; never content. Times count from its first record, or from the
+//! beginning of the recording. Our own knows zeroes, discards, flushes, and gaps where a recording lost requests
+//! ([`Record`]); of others' only reads and writes are taken ([`Request`]), what else they have is skipped and counted.
 
 pub mod error;
 pub mod format;
@@ -35,6 +36,101 @@ pub struct Request {
     pub len: u64,
 }
 
+/// What a record of our own format tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    Read,
+    Write,
+    /// Zeroes written without sending them.
+    Zero,
+    /// A discard.
+    Trim,
+    /// What was written becomes durable: of no place and no length.
+    Flush,
+    /// Requests that were not recorded: as many as its length says, at offset 0.
+    Gap,
+}
+
+impl Kind {
+    /// All, by their number in the file.
+    pub const ALL: [Kind; 6] = [
+        Kind::Read,
+        Kind::Write,
+        Kind::Zero,
+        Kind::Trim,
+        Kind::Flush,
+        Kind::Gap,
+    ];
+
+    /// What it goes by in words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Read => "read",
+            Kind::Write => "write",
+            Kind::Zero => "zero",
+            Kind::Trim => "trim",
+            Kind::Flush => "flush",
+            Kind::Gap => "gap",
+        }
+    }
+
+    /// Whether it is of bytes of the disk.
+    pub fn has_place(self) -> bool {
+        !matches!(self, Kind::Flush | Kind::Gap)
+    }
+
+    /// Whether content may be another afterwards.
+    pub fn changes(self) -> bool {
+        matches!(self, Kind::Write | Kind::Zero | Kind::Trim)
+    }
+}
+
+/// One record of our own format. A [`Request`] is one that reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// As a request's.
+    pub at_us: u64,
+    pub kind: Kind,
+    /// Bytes.
+    pub offset: u64,
+    /// Bytes; requests of a [`Kind::Gap`].
+    pub len: u64,
+}
+
+impl Record {
+    /// As a read or a write, if it is one. Zeroes are written.
+    pub fn request(&self) -> Option<Request> {
+        let kind = match self.kind {
+            Kind::Read => AccessKind::Read,
+            Kind::Write | Kind::Zero => AccessKind::Write,
+            Kind::Trim | Kind::Flush | Kind::Gap => return None,
+        };
+        let Record {
+            at_us, offset, len, ..
+        } = *self;
+        Some(Request {
+            at_us,
+            kind,
+            offset,
+            len,
+        })
+    }
+}
+
+impl From<Request> for Record {
+    fn from(request: Request) -> Record {
+        Record {
+            at_us: request.at_us,
+            kind: match request.kind {
+                AccessKind::Read => Kind::Read,
+                AccessKind::Write => Kind::Write,
+            },
+            offset: request.offset,
+            len: request.len,
+        }
+    }
+}
+
 /// What a file turned out to be, once it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
@@ -60,14 +156,21 @@ pub fn read(
         return import::import(input, None, device, each);
     }
     let mut reader = format::Reader::new(input)?;
-    let mut records = 0;
-    while let Some(request) = reader.next_request()? {
-        each(request);
-        records += 1;
+    let (mut records, mut skipped) = (0, 0);
+    while let Some(record) = reader.next_record()? {
+        match record.request() {
+            Some(request) => {
+                each(request);
+                records += 1;
+            }
+            // Of those in a gap nobody knows what they were.
+            None if record.kind == Kind::Gap => skipped += record.len,
+            None => skipped += 1,
+        }
     }
     Ok(Taken {
         format: None,
         records,
-        skipped: 0,
+        skipped,
     })
 }

@@ -1,10 +1,14 @@
-//! `whimbrel trace`: traces of disks, offline, on files alone.
+//! `whimbrel trace`: traces of disks. Only recording asks the daemon.
+
+pub mod args;
+pub mod record;
+mod replay;
+mod svg;
 
 use crate::error::CliError;
 use crate::output;
 use crate::show::bytes;
-use crate::trace_args::TraceCommand;
-use crate::trace_svg;
+use args::TraceCommand;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufReader, BufWriter};
@@ -46,7 +50,7 @@ pub fn trace(command: TraceCommand, json: bool) -> Result<(), CliError> {
             let window_us = window.as_micros().min(u128::from(u64::MAX)) as u64;
             let (taken, summary) = summarise(&file, device.as_deref(), window_us)?;
             if let Some(svg) = svg {
-                std::fs::write(&svg, trace_svg::draw(&summary)).map_err(failed("write", &svg))?;
+                std::fs::write(&svg, svg::draw(&summary)).map_err(failed("write", &svg))?;
             }
             if json {
                 output::print_json(&summary);
@@ -54,6 +58,9 @@ pub fn trace(command: TraceCommand, json: bool) -> Result<(), CliError> {
                 output::print(&text(&taken, &summary));
             }
         }
+        TraceCommand::Replay(command) => replay::replay(&command, json)?,
+        // Asks the daemon, and is done elsewhere.
+        TraceCommand::Record { .. } => {}
     }
     Ok(())
 }
@@ -95,7 +102,7 @@ fn convert(
         let mut refused = None;
         let put = |request: Request| {
             if refused.is_none() {
-                refused = writer.push(&request).err();
+                refused = writer.push(&request.into()).err();
             }
         };
         let taken = match format {
@@ -145,6 +152,15 @@ fn text(taken: &Taken, summary: &Summary) -> String {
         ),
         ("duration", seconds(summary.duration_us)),
         ("disk", format!("at least {}", bytes(summary.reach))),
+        (
+            "beside",
+            match taken.skipped {
+                0 => String::new(),
+                n => format!(
+                    "{n} requests that are no reads or writes, or of which nothing is known"
+                ),
+            },
+        ),
     ]);
     let row = |name: &str, amount: &trace::summary::Amount| {
         [
