@@ -260,14 +260,16 @@ impl Run<'_> {
             let state = self.source.qmp.execute("query-migrate", json!({}))?;
             match state["status"].as_str().unwrap_or_default() {
                 "completed" => break,
-                "active" if self.ways.postcopy && !is_told => {
-                    // The first pass is counted when it begins.
-                    if state["ram"]["dirty-sync-count"].as_u64() > Some(0) {
-                        is_told = true;
-                        let from = &mut self.source.qmp;
-                        from.execute("migrate-start-postcopy", json!({}))?;
-                        continue;
-                    }
+                // The first pass is counted when it begins.
+                "active"
+                    if self.ways.postcopy
+                        && !is_told
+                        && state["ram"]["dirty-sync-count"].as_u64() > Some(0) =>
+                {
+                    is_told = true;
+                    let from = &mut self.source.qmp;
+                    from.execute("migrate-start-postcopy", json!({}))?;
+                    continue;
                 }
                 "failed" | "cancelled" | "postcopy-paused" => {
                     let said = format!("QEMU's migration failed: {}", state["error-desc"]);

@@ -130,7 +130,7 @@ impl Incoming {
         self.setup.board.tell(match taken {
             Ok(units) => format!(
                 "disk {name}: {} MiB had not changed since it left here, and are not sent",
-                units * UNIT >> 20
+                (units * UNIT) >> 20
             ),
             Err(error) => {
                 format!("disk {name}: its older copy is of no use ({error}): all is sent")

@@ -83,7 +83,7 @@ impl Outgoing {
     pub(super) fn compared(&self, space: SpaceId) {
         let flow = &self.setup.flow;
         if let Some(info) = flow.infos().into_iter().find(|info| info.id == space) {
-            let spared = flow.tally(space).alike * UNIT >> 20;
+            let spared = (flow.tally(space).alike * UNIT) >> 20;
             self.setup.board.tell(format!(
                 "disk {}: {spared} MiB were at the destination already, in an older copy",
                 info.name
