@@ -61,7 +61,7 @@ use crate::settings::Settings;
 use crate::sink::wall_clock;
 use crate::store::RamStore;
 use crate::stream::return_path::ReturnMessage;
-use crate::stream::{StreamLayout, was_stopped};
+use crate::stream::{StreamLayout, was_stopped, was_stopped_by_disk};
 use crate::{Error, Result, SourceState};
 
 /// Shortest pause after a section of a later round.
@@ -367,6 +367,11 @@ impl RamSource {
         if let Ok(Phase::Failed(reason)) = phase {
             return Err(self.failure(reason).await);
         }
+        // QEMU may have ended its passes by itself before this was called, as it soon does of a guest that stands.
+        let stood = |t: Taken| was_stopped(&t.device_state) || was_stopped_by_disk(&t.device_state);
+        if self.shared.stopped_at.borrow().is_none() && self.taken().is_some_and(stood) {
+            self.note_stood();
+        }
         let mut stopped_at = self.shared.stopped_at.subscribe();
         let stopped_at_qemu = within(
             PATIENCE,
@@ -400,10 +405,14 @@ impl RamSource {
             status.as_str(),
             "running" | "finish-migrate" | "postmigrate"
         ) {
-            self.stood.store(true, Ordering::Release);
-            self.shared.stopped_at.send_replace(Some(wall_clock()));
+            self.note_stood();
         }
         Ok(())
+    }
+
+    fn note_stood(&self) {
+        self.stood.store(true, Ordering::Release);
+        self.shared.stopped_at.send_replace(Some(wall_clock()));
     }
 
     /// Whether the stop has happened and no unit of the extent is still to come: only then is what the
