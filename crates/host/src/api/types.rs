@@ -547,7 +547,7 @@ pub struct RecoveryChoice {
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationState {
     Running,
-    /// Copied as far as it goes; waits for `switch`.
+    /// Waits for `switch`; what changes of memory goes on ahead meanwhile.
     Held,
     /// The peer is out of reach; goes on by itself when it is back.
     Waiting,
