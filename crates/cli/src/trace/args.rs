@@ -73,7 +73,7 @@ impl TraceCommand {
 pub struct Replay {
     /// The trace, of our own format; `trace import` makes one of another's
     pub file: PathBuf,
-    /// The export: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    /// The export, by its NBD URI: `nbd://host/export`, or `nbd+unix:///export?socket=path`
     #[arg(long, value_name = "NBD-URI")]
     pub to: NbdUri,
     /// When requests go out: `original` (as in the trace), `xN` (N times as fast, such as x2 or x0.5), `max` (as soon as the
