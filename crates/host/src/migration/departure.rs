@@ -52,6 +52,10 @@ const LIVED: Duration = Duration::from_secs(1);
 /// Events that wait for the driver; the control connection is not read meanwhile.
 const EVENTS: usize = 256;
 
+/// Stretches that are compared with what the peer has at once, twice what a destination asks about; their content is
+/// in memory: 4 MiB each.
+const COMPARING: usize = 32;
+
 /// Side jobs of the control reader (peeks and digests) at once; more wait in the connection.
 const SIDE_JOBS: usize = 16;
 
@@ -527,6 +531,7 @@ async fn control_in(
     let mut holdings = Holdings::default();
     let (mut evicted, mut slots) = (false, 0);
     let jobs = Arc::new(tokio::sync::Semaphore::new(SIDE_JOBS));
+    let comparing = Arc::new(tokio::sync::Semaphore::new(COMPARING));
     let mut running = JoinSet::new();
     loop {
         while running.try_join_next().is_some() {}
@@ -565,7 +570,12 @@ async fn control_in(
                 hashes,
             }) => {
                 let included = unpack_bitmap(units, &packed)?;
-                let permit = jobs.clone().acquire_owned().await;
+                // Not waited for: what is demanded comes by this connection too.
+                let Ok(permit) = comparing.clone().try_acquire_owned() else {
+                    return Err(LaneError::OutOfPlace {
+                        said: "more stretches to compare than may be open at once",
+                    });
+                };
                 let (flow, mouth) = (flow.clone(), life.mouth.clone());
                 running.spawn(async move {
                     let stretch = Extent::new(first, units);

@@ -544,9 +544,10 @@ impl Outgoing {
         let mut done = 0;
         let mut total = 0;
         for (n, space) in view_spaces.iter().enumerate() {
-            let forgotten = flow.tally(SpaceId(n as u16)).forgotten;
+            let tally = flow.tally(SpaceId(n as u16));
+            let spared = tally.forgotten + tally.alike;
             total += space.units_live;
-            done += (space.units_sent + forgotten).min(space.units_live);
+            done += (space.units_sent + spared).min(space.units_live);
         }
         let (sent, codecs) = (report::sent_bytes(flow), report::codecs(flow));
         let deltas = report::deltas(flow);
