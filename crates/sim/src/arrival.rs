@@ -133,6 +133,9 @@ impl World {
         if self.dst.daemon.evicted {
             self.destination_says(Message::Evicted);
         }
+        if self.dst.daemon.expected > 0 {
+            self.say_seeded();
+        }
         self.destination_says(Message::HaveEnd);
         self.dst.daemon.link_up = true;
         let spaces = self.dst.daemon.disks.iter().chain(&self.dst.daemon.ram);
@@ -142,6 +145,7 @@ impl World {
             self.destination_says(Message::Demand { space, runs });
         }
         self.tell_destination(DestinationInbox::Up);
+        self.seeding_begins();
         self.hear_control();
     }
 

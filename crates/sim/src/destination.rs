@@ -18,6 +18,7 @@ use crate::flow::digest;
 use crate::link::{LifeId, Side};
 use crate::message::Message;
 use crate::scenario::{MS, SECOND, Scenario};
+use crate::seeds::SeedsIn;
 use crate::source::{disk_info, ram_info};
 use crate::store::{Residency, SECTORS, Store};
 use crate::world::{Driver, Event, World};
@@ -72,6 +73,7 @@ pub struct DestinationDaemon {
     /// Spaces of the disks, once they may be filled.
     pub disks: Vec<SpaceIn>,
     pub ahead: DisksIn,
+    pub seeds: SeedsIn,
     /// The disks are whole and the guest's alone.
     pub open: bool,
     pub ram: Option<SpaceIn>,
@@ -114,6 +116,7 @@ impl DestinationDaemon {
             offered: false,
             disks: Vec::new(),
             ahead: DisksIn::default(),
+            seeds: SeedsIn::default(),
             open: false,
             ram: None,
             sated: false,
@@ -166,8 +169,10 @@ pub struct DestinationHost {
     /// Volumes were made for the machine.
     pub made: bool,
     /// The machine's record says that its process runs.
-    settled: bool,
+    pub settled: bool,
     pub stores: Vec<Store>,
+    /// The disks as the machine left them here, if it did.
+    pub older: Vec<Store>,
     pub residency: Vec<Residency>,
     pub qemu: DestinationQemu,
     /// The guest wrote here.
@@ -190,6 +195,7 @@ impl DestinationHost {
             made: false,
             settled: false,
             stores: Vec::new(),
+            older: Vec::new(),
             residency: Vec::new(),
             qemu: DestinationQemu {
                 state: QemuState::None,
@@ -287,6 +293,7 @@ impl World {
                 self.destination_takes(action, self.scenario.durable);
             }
             Action::Send(Say::Prepared { epoch }) => {
+                self.say_seeded();
                 self.destination_says(Message::Prepared { epoch });
             }
             Action::Send(say) => self.destination_says(Message::Own(say)),
@@ -381,6 +388,11 @@ impl World {
                     stale.insert(run);
                 }
             }
+            Message::SeedAlike {
+                space,
+                first,
+                alike,
+            } => self.seed_alike(space, first, &alike),
             Message::DigestAnswer { space, same } => self.digest_answered(space, same),
             other => self.broken("words", format!("{other:?} has no place at a destination")),
         }
@@ -511,6 +523,7 @@ impl World {
         self.submit_all();
         self.ram_progress();
         self.disk_progress();
+        self.seeding_begins();
     }
 
     /// Whether all of RAM is in place, and so said.

@@ -42,10 +42,12 @@ pub enum DriverFault {
     FarewellUnheard,
     /// What the destination could not store is taken for stored.
     UnstoredUnheard,
+    /// What the destination had before is taken for the same, whatever it is.
+    OldCopyTakenForSame,
 }
 
 impl DriverFault {
-    pub const ALL: [DriverFault; 18] = [
+    pub const ALL: [DriverFault; 19] = [
         DriverFault::GrantNotDurable,
         DriverFault::FlushBeforeResidency,
         DriverFault::ResidencyBeforeData,
@@ -64,5 +66,6 @@ impl DriverFault {
         DriverFault::DoubtForgotten,
         DriverFault::FarewellUnheard,
         DriverFault::UnstoredUnheard,
+        DriverFault::OldCopyTakenForSame,
     ];
 }

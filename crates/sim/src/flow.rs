@@ -85,6 +85,7 @@ impl World {
         self.src.daemon.backoff = BACKOFF_FIRST;
         self.src.daemon.frames = 0;
         self.src.daemon.asked.clear();
+        self.settle_spaces();
         self.src.daemon.life = Some(SourceLife {
             id: life,
             told: false,
@@ -138,6 +139,18 @@ impl World {
                         }
                     }
                 }
+                Message::Seeded { space } => {
+                    if self.src.daemon.out.info(space).is_some() {
+                        self.src.daemon.out.unsettle(space);
+                    }
+                }
+                Message::SeedEnd { space } => {
+                    if self.src.daemon.out.info(space).is_some() {
+                        self.src.daemon.out.settle(space);
+                    }
+                    self.wake_pushes();
+                }
+                Message::SeedHashes { space, first, has } => self.compare(life, space, first, &has),
                 Message::Unstored { space, runs } => self.unstored(space, &runs),
                 Message::Have { space, held } => {
                     if let Some(life) = self.life_at_source(life) {

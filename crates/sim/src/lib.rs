@@ -44,6 +44,7 @@ pub mod oracle;
 pub mod rng;
 pub mod run;
 pub mod scenario;
+pub mod seeds;
 pub mod source;
 pub mod store;
 pub mod verdict;

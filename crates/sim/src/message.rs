@@ -49,6 +49,22 @@ pub enum Message {
         space: SpaceId,
         runs: Vec<Extent>,
     },
+    Seeded {
+        space: SpaceId,
+    },
+    SeedHashes {
+        space: SpaceId,
+        first: u64,
+        has: Vec<(u64, Unit)>,
+    },
+    SeedAlike {
+        space: SpaceId,
+        first: u64,
+        alike: Vec<Extent>,
+    },
+    SeedEnd {
+        space: SpaceId,
+    },
     Unstored {
         space: SpaceId,
         runs: Vec<Extent>,

@@ -25,6 +25,7 @@ pub struct Failure {
 /// Runs a scenario to its end.
 pub fn run(scenario: Scenario, fault: Option<DriverFault>, traced: bool) -> Ran {
     let mut world = World::new(scenario, fault, traced);
+    world.leave_older_copies();
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     let violation = match outcome {
         Ok(()) => world.violation.take(),

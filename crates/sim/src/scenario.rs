@@ -125,6 +125,8 @@ pub struct Scenario {
     pub disks_ahead: bool,
     /// The destination tells of copies that it cannot store, instead of breaking the connection.
     pub tells_unstored: bool,
+    /// The destination has an older copy of the disks.
+    pub seeded: bool,
     /// What the guest does at once.
     pub threads: u32,
     /// Operations of each.
@@ -167,6 +169,7 @@ impl Scenario {
             ahead: rng.percent(60),
             disks_ahead: false,
             tells_unstored: false,
+            seeded: false,
             threads: rng.between(1, 6) as u32,
             operations: rng.between(10, 60) as u32,
             think: rng.scaled(50 * US, 60 * MS),
@@ -216,6 +219,7 @@ impl Scenario {
         }
         scenario.disks_ahead = rng.percent(50);
         scenario.tells_unstored = rng.percent(75);
+        scenario.seeded = rng.percent(30);
         scenario
     }
 

@@ -674,7 +674,7 @@ impl World {
     }
 
     fn start_copy(&mut self) {
-        if self.scenario.disks_ahead {
+        if self.scenario.disks_ahead && !self.any_unsettled() {
             self.begin_disks();
         } else {
             self.start_ram();
