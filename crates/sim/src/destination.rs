@@ -782,21 +782,4 @@ impl World {
         self.destination_handle(DestinationEvent::Running);
         self.wake_driver(Side::Destination);
     }
-
-    /// QEMU tells which pages it has, and asks again for those that it waits for.
-    fn take_up_ram(&mut self) {
-        let mut received = UnitSet::empty(self.scenario.ram);
-        for (page, content) in self.dst.qemu.placed.iter().enumerate() {
-            if content.is_some() {
-                received.insert(Extent::unit(page as u64));
-            }
-        }
-        let none = UnitSet::empty(self.scenario.ram);
-        let info = ram_info(&self.scenario);
-        let space = SpaceIn::recovered(info, received, none, BTreeMap::new());
-        self.dst.daemon.ram = Some(space);
-        for page in self.dst.qemu.wanted.clone() {
-            self.page_wanted(page);
-        }
-    }
 }

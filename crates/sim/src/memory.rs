@@ -2,7 +2,10 @@
 //!
 //! After `crates/host/src/migration/outgoing/{ahead,stop}.rs` and `crates/qemu`'s source.
 
+use std::collections::BTreeMap;
+
 use whimbrel_engine::ahead::{Ahead, Step};
+use whimbrel_engine::inflow::SpaceIn;
 use whimbrel_engine::set::UnitSet;
 use whimbrel_engine::space::Extent;
 use whimbrel_engine::switchover::SourceEvent;
@@ -10,6 +13,7 @@ use whimbrel_engine::switchover::SourceEvent;
 use crate::link::Side;
 use crate::message::Message;
 use crate::scenario::MS;
+use crate::source::ram_info;
 use crate::world::{Event, World};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -331,5 +335,22 @@ impl World {
             self.wake_guest();
         }
         self.submit_all();
+    }
+
+    /// QEMU tells which pages it has, and asks again for those that it waits for.
+    pub fn take_up_ram(&mut self) {
+        let mut received = UnitSet::empty(self.scenario.ram);
+        for (page, content) in self.dst.qemu.placed.iter().enumerate() {
+            if content.is_some() {
+                received.insert(Extent::unit(page as u64));
+            }
+        }
+        let none = UnitSet::empty(self.scenario.ram);
+        let info = ram_info(&self.scenario);
+        let space = SpaceIn::recovered(info, received, none, BTreeMap::new());
+        self.dst.daemon.ram = Some(space);
+        for page in self.dst.qemu.wanted.clone() {
+            self.page_wanted(page);
+        }
     }
 }
