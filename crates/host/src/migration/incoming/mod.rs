@@ -10,7 +10,7 @@ mod ends;
 mod ready;
 mod seeding;
 
-use seeding::{SeedError, Seeding};
+use seeding::Seeding;
 
 pub use again::leftovers;
 
@@ -89,7 +89,7 @@ enum Inner {
     /// Disks are complete, verified and durable; how many units were compared.
     Disks(Result<u64, super::verify::VerifyError>),
     /// A disk has been compared with its older copy; how many units were the same.
-    Seeded(SpaceId, Result<u64, SeedError>),
+    Seeded(SpaceId, u64),
     /// QEMU's connection failed after the guest ran.
     SinkFailed(whimbrel_qemu::Error),
 }

@@ -91,9 +91,12 @@ impl Incoming {
                 self.tell.clone(),
             );
             let task = tokio::spawn(async move {
-                let told = comparing.run(answers).await;
-                // The driver lives as long as this task.
-                let _ = tell.send(Inner::Seeded(space, told)).await;
+                match comparing.run(answers).await {
+                    // The driver lives as long as this task.
+                    Ok(taken) => drop(tell.send(Inner::Seeded(space, taken)).await),
+                    // The connection is lost, or nobody could be told of what was not stored: it begins anew.
+                    Err(error) => tracing::debug!(%error, "comparing ends with its connection"),
+                }
             });
             let seeding = Seeding {
                 answers: sender,
@@ -114,8 +117,8 @@ impl Incoming {
         }
     }
 
-    /// A disk has been compared, or cannot be.
-    pub(super) async fn seed_is_over(&mut self, space: SpaceId, taken: Result<u64, SeedError>) {
+    /// A disk has been compared; so many units were taken from its older copy.
+    pub(super) async fn seed_is_over(&mut self, space: SpaceId, taken: u64) {
         self.seeding.remove(&space);
         self.seeds.remove(&space);
         self.setup.arrivals.set_seeded(space, false);
@@ -127,25 +130,11 @@ impl Incoming {
             .into_iter()
             .find(|disk| disk.id() == space);
         let name = disk.map(|disk| disk.name()).unwrap_or_default();
-        self.setup.board.tell(match taken {
-            Ok(units) => format!(
-                "disk {name}: {} MiB had not changed since it left here, and are not sent",
-                (units * UNIT) >> 20
-            ),
-            Err(error) => {
-                format!("disk {name}: its older copy is of no use ({error}): all is sent")
-            }
-        });
+        self.setup.board.tell(format!(
+            "disk {name}: {} MiB had not changed since it left here, and are not sent",
+            (taken * UNIT) >> 20
+        ));
     }
-}
-
-/// Why an older copy is not used any further.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SeedError {
-    #[error("{0}")]
-    Copy(#[from] VolumeError),
-    #[error("{0}")]
-    Store(#[from] ArrivalError),
 }
 
 struct Comparing {
@@ -160,15 +149,15 @@ struct Comparing {
 
 impl Comparing {
     /// Compares all; how many units were taken from the copy.
-    async fn run(mut self, mut answers: mpsc::Receiver<Answer>) -> Result<u64, SeedError> {
+    async fn run(mut self, mut answers: mpsc::Receiver<Answer>) -> Result<u64, ArrivalError> {
         // A unit in part is not worth the trouble.
         let units = (self.copy.size() / UNIT).min(self.disk.units());
         let (mut next, mut stored) = (0, 0);
         loop {
             while next < units && self.asked.len() < ASKED {
-                let stretch = self.stretch(Extent::new(next, units - next)).await?;
+                let stretch = self.stretch(Extent::new(next, units - next)).await;
                 next = stretch.end();
-                self.ask(stretch).await?;
+                self.ask(stretch).await;
             }
             if self.asked.is_empty() {
                 return Ok(self.taken);
@@ -179,17 +168,17 @@ impl Comparing {
             stored += self.take(first, &alike).await?;
             if stored >= SETTLED {
                 stored = 0;
-                self.disk.make_durable().await?;
+                if let Err(error) = self.disk.make_durable().await {
+                    tracing::warn!(%error, "what was taken from an older copy cannot be made durable yet");
+                }
             }
         }
     }
 
     /// What is asked about next. Where the copy has nothing it is longer: there is nothing to say of it but that.
-    async fn stretch(&self, rest: Extent) -> Result<Extent, SeedError> {
-        let found = self
-            .copy
-            .data_extents(rest.byte_offset(), rest.byte_len())
-            .await?;
+    async fn stretch(&self, rest: Extent) -> Extent {
+        let (from, len) = (rest.byte_offset(), rest.byte_len());
+        let found = self.copy.data_extents(from, len).await.unwrap_or_default();
         let hole = found.first().filter(|first| !first.data);
         let hole = hole.map_or(0, |hole| hole.len / UNIT).min(MAX_BITMAP_UNITS);
         let units = if hole > MAX_SEED_UNITS {
@@ -197,10 +186,12 @@ impl Comparing {
         } else {
             MAX_SEED_UNITS
         };
-        Ok(Extent::new(rest.start, units.min(rest.len)))
+        Extent::new(rest.start, units.min(rest.len))
     }
 
-    async fn ask(&mut self, stretch: Extent) -> Result<(), SeedError> {
+    /// What the copy has of what is absent. Of what cannot be read it has nothing: once a stretch is asked about, its
+    /// answer must be taken, or the source would count as sent what never comes.
+    async fn read(&self, stretch: Extent) -> Result<Vec<Hashed>, VolumeError> {
         let found = self
             .copy
             .data_extents(stretch.byte_offset(), stretch.byte_len())
@@ -213,7 +204,14 @@ impl Comparing {
         for absent in self.disk.absent(stretch) {
             runs.extend(data.runs_within(absent));
         }
-        let hashed = hash_units(&self.copy, runs).await?;
+        hash_units(&self.copy, runs).await
+    }
+
+    async fn ask(&mut self, stretch: Extent) {
+        let hashed = self.read(stretch).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "a stretch of an older copy cannot be read: it is sent");
+            Vec::new()
+        });
         let mut included = UnitSet::empty(stretch.len);
         let mut hashes = Vec::new();
         for part in &hashed {
@@ -230,11 +228,10 @@ impl Comparing {
             hashes,
         };
         self.mouth.say(said).await;
-        Ok(())
     }
 
     /// Takes what is the same from the copy; how many units.
-    async fn take(&mut self, first: u64, alike: &UnitSet) -> Result<u64, SeedError> {
+    async fn take(&mut self, first: u64, alike: &UnitSet) -> Result<u64, ArrivalError> {
         let mut taken = 0;
         for part in self.asked.remove(&first).unwrap_or_default() {
             let within = Extent::new(part.run.start - first, part.run.len);
